@@ -1,0 +1,189 @@
+"""What a recipe can say about the model, the data and the run, whatever the training method."""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from .errors import ConfigError, Problem
+
+PREPROCESSING_MODES = ("published", "exact")
+DTYPES = ("auto", "float32", "float16", "bfloat16")
+
+
+def choice_problem(config: Any, key: str, choices: tuple[str, ...]) -> list[Problem]:
+    value = getattr(config, key)
+    return [] if value in choices else [Problem(key, value, f"must be one of {', '.join(choices)}")]
+
+
+def positive_problem(config: Any, *keys: str) -> list[Problem]:
+    """Fields that may be None, and otherwise count something."""
+    values = ((key, getattr(config, key)) for key in keys)
+    return [Problem(key, value, "must be positive") for key, value in values if value is not None and not value > 0]
+
+
+@dataclass
+class ModelArguments:
+    """The policy: where its weights are, in which precision and with which adapter it is trained."""
+
+    model_name_or_path: str | None = field(default=None, metadata={"help": "Hub name or folder of the model to train."})
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model on the Hub."})
+    base_model_revision: str | None = field(
+        default=None, metadata={"help": "Revision of the base model, when model_name_or_path is a LoRA adapter."}
+    )
+    model_code_revision: str | None = field(
+        default=None, metadata={"help": "Revision of the model's own code, with trust_remote_code."}
+    )
+    tokenizer_name_or_path: str | None = field(
+        default=None, metadata={"help": "Tokenizer, where it is not the model's own."}
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run Python code that comes with the model. Off unless you have read that code."}
+    )
+    torch_dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "Precision of the parameters: auto, float32, float16 or bfloat16. null: float32 master parameters, "
+            "computed in bf16 under `bf16: true`, because AdamW steps at 1e-6 vanish in bf16 parameters."
+        },
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "Attention kernel: flash_attention_2, sdpa, eager, ...; null lets transformers choose."}
+    )
+    use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter instead of the whole model."})
+    lora_r: int = field(default=16, metadata={"help": "Rank of the LoRA matrices."})
+    lora_alpha: int = field(default=32, metadata={"help": "LoRA scale; the update is multiplied by lora_alpha / lora_r."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout in front of LoRA; 0 when disable_dropout is true."})
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Names of the layers that get an adapter, or all-linear."}
+    )
+    lora_modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Layers trained whole and saved beside the adapter."}
+    )
+    load_in_8bit: bool = field(default=False, metadata={"help": "Quantise the frozen base to 8 bits (bitsandbytes)."})
+    load_in_4bit: bool = field(default=False, metadata={"help": "Quantise the frozen base to 4 bits (QLoRA)."})
+    bnb_4bit_quant_type: str = field(default="nf4", metadata={"help": "4-bit number format: nf4 or fp4."})
+    use_bnb_nested_quant: bool = field(default=False, metadata={"help": "Quantise the 4-bit scales as well."})
+    bnb_4bit_quant_storage: str = field(default="uint8", metadata={"help": "Storage type of packed 4-bit weights."})
+
+    def __post_init__(self) -> None:
+        problems = positive_problem(self, "lora_r", "lora_alpha")
+        problems += choice_problem(self, "bnb_4bit_quant_type", ("nf4", "fp4"))
+        if self.torch_dtype is not None:
+            problems += choice_problem(self, "torch_dtype", DTYPES)
+        if not 0 <= self.lora_dropout < 1:
+            problems.append(Problem("lora_dropout", self.lora_dropout, "must be at least 0 and below 1"))
+        if self.load_in_4bit and self.load_in_8bit:
+            problems.append(Problem("load_in_4bit", True, "cannot be combined with load_in_8bit; choose one"))
+        for key in ("load_in_4bit", "load_in_8bit"):
+            if getattr(self, key) and not self.use_peft:
+                problems.append(Problem(key, True, "quantised weights cannot be trained; add use_peft: true"))
+        if problems:
+            raise ConfigError("ModelArguments", problems)
+
+
+@dataclass
+class DataArguments:
+    """Which conversations to train and evaluate on, and how they become text."""
+
+    dataset_mixer: dict[str, Any] | None = field(
+        default=None,
+        metadata={
+            "help": "Source -> how much of its training rows: a fraction in (0, 1] or a row count. A source is a Hub "
+            "name (name or name:config), a folder of JSONL/JSON/Parquet files named by split, a folder written by "
+            "save_to_disk, a file, or a glob."
+        },
+    )
+    dataset_splits: list[str] = field(
+        default_factory=lambda: ["train", "test"],
+        metadata={"help": "Splits to read: train* for training; test*, validation*, eval*, dev* for evaluation."},
+    )
+    dataset_configs: list[str] | None = field(
+        default=None, metadata={"help": "Config name of each source, in the order of dataset_mixer."}
+    )
+    text_column: str = field(default="text", metadata={"help": "Column of plain text, for continued pre-training."})
+    chat_template: str | None = field(
+        default=None,
+        metadata={"help": "A shipped template (llama-3, mistral, gemma, zephyr), a .jinja file, or Jinja text."},
+    )
+    auto_insert_empty_system_msg: bool = field(
+        default=True,
+        metadata={"help": "published preprocessing: put an empty system turn first where the template knows that role."},
+    )
+    preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that prepare the data."})
+    truncation_side: str | None = field(default=None, metadata={"help": "Side that the tokenizer truncates: left or right."})
+
+    def __post_init__(self) -> None:
+        problems = positive_problem(self, "preprocessing_num_workers")
+        if self.truncation_side is not None:
+            problems += choice_problem(self, "truncation_side", ("left", "right"))
+        for source, share in (self.dataset_mixer or {}).items():
+            if not is_share(share):
+                problems.append(
+                    Problem(f"dataset_mixer.{source}", share, "must be a fraction in (0, 1] or a whole number of rows")
+                )
+        if self.dataset_configs and len(self.dataset_configs) != len(self.dataset_mixer or {}):
+            problems.append(Problem("dataset_configs", self.dataset_configs, "needs one entry for each dataset_mixer source"))
+        if problems:
+            raise ConfigError("DataArguments", problems)
+
+
+def is_share(share: Any) -> bool:
+    """A fraction in (0, 1], or a row count: 1.0 is everything, 1 is everything too (the published meaning)."""
+    if isinstance(share, bool) or not isinstance(share, int | float):
+        return False
+    return share >= 1 if isinstance(share, int) else 0 < share <= 1
+
+
+@dataclass
+class RunArguments:
+    """Fields that every training method shares; a mix-in for subclasses of TrainingArguments."""
+
+    preprocessing: Literal["published", "exact"] = field(
+        default="published",
+        metadata={
+            "help": "published: the rows and tokens of the published code, oddities included; exact: what those rules "
+            "meant (see README.md)."
+        },
+    )
+    bad_rows: Literal["refuse", "drop"] = field(
+        default="refuse", metadata={"help": "exact preprocessing: refuse malformed rows, or drop and count them."}
+    )
+    total_train_batch_size: int | None = field(
+        default=None,
+        metadata={"help": "Rows per optimizer step over all processes; sets gradient_accumulation_steps."},
+    )
+
+    def __post_init__(self) -> None:
+        problems = [*self.problems(), *self.batch_problems()]
+        if problems:
+            raise ConfigError(type(self).__name__, problems)
+        if self.total_train_batch_size is not None:
+            self.gradient_accumulation_steps = self.total_train_batch_size // self.rows_per_forward
+        super().__post_init__()
+
+    def problems(self) -> list[Problem]:
+        """What is wrong with the method's own fields; each method adds its own."""
+        problems = choice_problem(self, "preprocessing", PREPROCESSING_MODES)
+        problems += choice_problem(self, "bad_rows", ("refuse", "drop"))
+        problems += positive_problem(self, "total_train_batch_size", "per_device_train_batch_size")
+        return problems
+
+    def batch_problems(self) -> list[Problem]:
+        total = self.total_train_batch_size
+        if total is None or total <= 0 or self.per_device_train_batch_size <= 0 or total % self.rows_per_forward == 0:
+            return []
+        advice = (
+            f"is no multiple of {self.rows_per_forward} (per_device_train_batch_size {self.per_device_train_batch_size} "
+            f"x {self.rows_per_forward // self.per_device_train_batch_size} processes)"
+        )
+        return [Problem("total_train_batch_size", total, advice)]
+
+    @property
+    def rows_per_forward(self) -> int:
+        # The launcher's variable, because TrainingArguments.world_size starts the process group.
+        return self.per_device_train_batch_size * int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_local(path: str) -> bool:
+    return Path(path).expanduser().exists()

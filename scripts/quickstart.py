@@ -1,0 +1,116 @@
+"""From nothing to a preference-trained model, on a CPU and offline: `python scripts/quickstart.py`, a few minutes."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+from alignment.review.plots import read_metrics
+from scripts.quickstart_model import random_model, sample, train_tokenizer
+from scripts.quickstart_task import RULE, conversation_rows, follows_rule, preference_rows, split_orders
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER = Path("outputs/quickstart")
+DATA, MODEL, SFT, SIMPO = (FOLDER / name for name in ("data", "model", "sft", "simpo"))
+
+SEED = 42
+CONVERSATIONS, PAIRS, HELD_OUT = 4000, 2000, 300  # rows
+SAMPLED, SHOWN = 100, 3  # held-out requests
+TEMPERATURE = 0.7
+WIDTH = 110  # columns of the summary
+
+
+def main() -> None:
+    os.chdir(ROOT)  # here and in the recipes, paths begin at the root of the repository
+    shutil.rmtree(FOLDER, ignore_errors=True)
+    heading("1 of 4: data, a tokenizer, a model of random weights")
+    requests = write_data()
+    write_model()
+    heading("2 of 4: supervised fine-tuning, so that the model speaks")
+    launch("scripts/run_sft.py", "training_configs/quickstart/sft.yaml")
+    heading("3 of 4: SimPO, so that it responds as the pairs prefer")
+    launch("scripts/run_simpo.py", "training_configs/quickstart/simpo.yaml")
+    heading("4 of 4: held-out requests, before and after SimPO")
+    before, after = (sample(run, requests, temperature=TEMPERATURE, seed=SEED) for run in (SFT, SIMPO))
+    print(summary(read_metrics(SIMPO / "metrics.jsonl"), requests, before, after))
+
+
+def heading(text: str) -> None:
+    print(f"\n==== {text} ====\n", flush=True)
+
+
+def write_data() -> list[str]:
+    """Write conversations and pairs, no held-out order among the training rows. Returns the held-out requests to sample."""
+    train, test = split_orders(SEED)
+    held_out = preference_rows(SEED + 3, test, HELD_OUT)
+    write_rows(DATA / "conversations" / "train.jsonl", conversation_rows(SEED, train, CONVERSATIONS))
+    write_rows(DATA / "conversations" / "test.jsonl", conversation_rows(SEED + 1, test, HELD_OUT))
+    write_rows(DATA / "pairs" / "train.jsonl", preference_rows(SEED + 2, train, PAIRS))
+    write_rows(DATA / "pairs" / "test.jsonl", held_out)
+    return list(dict.fromkeys(row["chosen"][0]["content"] for row in held_out))[:SAMPLED]
+
+
+def write_rows(path: Path, rows: Sequence[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    print(f"{path}: {len(rows):,} rows")
+
+
+def write_model() -> None:
+    lines = (DATA / "conversations" / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    tokenizer = train_tokenizer([turn["content"] for line in lines for turn in json.loads(line)["messages"]])
+    model = random_model(tokenizer, seed=SEED)
+    tokenizer.save_pretrained(MODEL)
+    model.save_pretrained(MODEL)
+    print(f"{MODEL}: {model.num_parameters():,} parameters, {len(tokenizer)} tokens")
+
+
+def launch(script: str, recipe: str) -> None:
+    """Run a stage. Where it fails its own error stands last on the screen, and this program ends with its status."""
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
+    command = [*launcher, "--config_file", "accelerate_configs/cpu.yaml", script, recipe]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    status = subprocess.run(command, env=environment).returncode
+    if status != 0:
+        sys.exit(status)
+
+
+def summary(metrics: Sequence[dict], requests: Sequence[str], before: Sequence[str], after: Sequence[str]) -> str:
+    """What the quickstart ends with: held-out figures and responses before and after SimPO, and where everything is."""
+    evaluations = [record for record in metrics if "eval_rewards/accuracies" in record]
+    start, end = evaluations[0], evaluations[-1]
+    good_before, good_after = (
+        sum(map(follows_rule, requests, responses)) / len(requests) for responses in (before, after)
+    )
+    lines = [
+        figures("", "before", "after"),
+        figures(f"reward accuracy on {HELD_OUT} pairs", *(f"{run['eval_rewards/accuracies']:.1%}" for run in (start, end))),
+        figures("reward margin on these pairs", *(f"{run['eval_rewards/margins']:.2f}" for run in (start, end))),
+        figures(f"sampled responses that follow the rule, of {len(requests)}", f"{good_before:.1%}", f"{good_after:.1%}"),
+        "",
+        f"The rule: a response {RULE}.",
+        f"Sampled at temperature {TEMPERATURE} with seed {SEED}; the first {SHOWN}:",
+    ]
+    for request, *responses in list(zip(requests, before, after, strict=True))[:SHOWN]:
+        lines += ["", f"    {request}", *map(shown, ("before", "after"), [request] * 2, responses)]
+    lines += ["", f"model   {SIMPO}", f"card    {SIMPO / 'README.md'}", f"curves  {SIMPO / 'curves.png'}"]
+    return "\n".join(lines)
+
+
+def figures(name: str, before: str, after: str) -> str:
+    return f"{name:60}{before:>10}{after:>10}"
+
+
+def shown(when: str, request: str, response: str) -> str:
+    verdict = "follows the rule" if follows_rule(request, response) else "breaks the rule"
+    return textwrap.fill(
+        response, WIDTH, initial_indent=f"    {when:8}{verdict:18}", subsequent_indent=" " * 30
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,9 @@
+"""Train a language model on conversations, the stage before SimPO: `accelerate launch ... scripts/run_sft.py RECIPE.yaml [--key=value ...]`."""
+
+from trl import SFTTrainer
+
+from alignment.pipeline import CONVERSATIONS, Method, main
+from scripts.sft_config import SFTConfig
+
+if __name__ == "__main__":
+    main(Method(config=SFTConfig, trainer=SFTTrainer, data=CONVERSATIONS))

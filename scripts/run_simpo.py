@@ -1,0 +1,8 @@
+"""Train a language model on preference pairs with SimPO: `accelerate launch ... scripts/run_simpo.py RECIPE.yaml [--key=value ...]`."""
+
+from alignment.pipeline import PAIRS, Method, main
+from scripts.simpo_config import SimPOConfig
+from scripts.simpo_trainer import SimPOTrainer
+
+if __name__ == "__main__":
+    main(Method(config=SimPOConfig, trainer=SimPOTrainer, data=PAIRS))

@@ -1,0 +1,17 @@
+"""SFTConfig: everything that a supervised fine-tuning recipe says about training."""
+
+from dataclasses import dataclass, field
+
+import trl
+
+from alignment.configs import RunArguments
+
+
+@dataclass
+class SFTConfig(RunArguments, trl.SFTConfig):
+    """TRL's SFTConfig with the Trainer's own defaults where TRL's surprise: bf16 off, as a CPU needs it, and no checkpointing."""
+
+    bf16: bool = field(default=False, metadata={"help": "Compute in bf16."})
+    gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "Recompute activations in the backward pass, to save memory."}
+    )

@@ -1,0 +1,96 @@
+"""SimPOConfig: everything that a SimPO recipe says about training."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from transformers import TrainingArguments
+
+from alignment.configs import RunArguments, choice_problem, positive_problem
+from alignment.errors import Problem
+
+
+@dataclass
+class SimPOConfig(RunArguments, TrainingArguments):
+    """Hyperparameters of SimPO (Meng et al. 2024, https://arxiv.org/abs/2405.14734) on top of TrainingArguments.
+
+    Lengths are in tokens. Raises ConfigError, naming every field that is wrong at once.
+    """
+
+    max_length: int | None = field(
+        default=None, metadata={"help": "Longest prompt + response; null means 512, with a warning."}
+    )
+    max_prompt_length: int | None = field(
+        default=None, metadata={"help": "Longest prompt of a row that is too long; null means 128, with a warning."}
+    )
+    max_completion_length: int | None = field(default=None, metadata={"help": "Encoder-decoder models only: not supported."})
+    max_target_length: int | None = field(default=None, metadata={"help": "Encoder-decoder models only: not supported."})
+    beta: float = field(default=2.0, metadata={"help": "Scale of the reward, beta x mean log-probability."})
+    gamma_beta_ratio: float = field(
+        default=0.25, metadata={"help": "Target margin over beta: gamma = gamma_beta_ratio x beta."}
+    )
+    sft_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the cross-entropy of the chosen responses, added to the loss."}
+    )
+    label_smoothing: float = field(
+        default=0.0, metadata={"help": "Share of pairs assumed to be labelled the wrong way round (sigmoid only)."}
+    )
+    loss_type: Literal["sigmoid", "hinge"] = field(default="sigmoid", metadata={"help": "sigmoid (the paper's) or hinge."})
+    disable_dropout: bool = field(default=True, metadata={"help": "Turn all dropout off, LoRA's included."})
+    label_pad_token_id: int = field(default=-100, metadata={"help": "Label of positions that are not scored."})
+    padding_value: int | None = field(default=None, metadata={"help": "Token id used as padding; null: the tokenizer's."})
+    truncation_mode: Literal["keep_end", "keep_start"] = field(
+        default="keep_end", metadata={"help": "Which end of a prompt that is too long is kept."}
+    )
+    pair_layout: Literal["auto", "packed", "padded"] = field(
+        default="auto",
+        metadata={
+            "help": "packed: a pair is one row without padding, its prompt computed once; padded: two rows; auto: packed "
+            "where the model's attention allows."
+        },
+    )
+    generate_during_eval: bool = field(default=False, metadata={"help": "Not supported; sample from the saved model."})
+    is_encoder_decoder: bool | None = field(default=None, metadata={"help": "Decoder-only models only: null or false."})
+    model_init_kwargs: dict[str, Any] | None = field(
+        default=None, metadata={"help": "Extra arguments of from_pretrained, when the trainer loads the model."}
+    )
+    dataset_num_proc: int | None = field(
+        default=None, metadata={"help": "Processes that tokenize; null: preprocessing_num_workers."}
+    )
+
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay false: the collator needs the columns."})
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Must stay false: it would log a loss of 0 for NaN; SimPO stops instead."}
+    )
+
+    def problems(self) -> list[Problem]:
+        problems = super().problems()
+        problems += positive_problem(self, "beta", "max_length", "max_prompt_length", "dataset_num_proc")
+        problems += choice_problem(self, "loss_type", ("sigmoid", "hinge"))
+        problems += choice_problem(self, "truncation_mode", ("keep_end", "keep_start"))
+        problems += choice_problem(self, "pair_layout", ("auto", "packed", "padded"))
+        if not 0 <= self.label_smoothing < 0.5:
+            problems.append(Problem("label_smoothing", self.label_smoothing, "must be at least 0 and below 0.5"))
+        for key in ("sft_weight", "gamma_beta_ratio"):
+            if not getattr(self, key) >= 0:
+                problems.append(Problem(key, getattr(self, key), "must not be negative"))
+        if self.label_pad_token_id != -100:
+            problems.append(Problem("label_pad_token_id", self.label_pad_token_id, "must be -100, torch's ignored label"))
+        for key in ("max_completion_length", "max_target_length", "is_encoder_decoder", "generate_during_eval"):
+            if getattr(self, key):
+                problems.append(Problem(key, getattr(self, key), "is not supported; remove it"))
+        for key in ("remove_unused_columns", "logging_nan_inf_filter"):
+            if getattr(self, key):
+                problems.append(Problem(key, True, "must be false"))
+        if self.prompt_limit >= self.length_limit > 0:
+            advice = f"leaves no room for a response in max_length = {self.length_limit}"
+            problems.append(Problem("max_prompt_length", self.prompt_limit, advice))
+        return problems
+
+    @property
+    def length_limit(self) -> int:
+        """max_length, or the published default for a recipe that names none."""
+        return 512 if self.max_length is None else self.max_length
+
+    @property
+    def prompt_limit(self) -> int:
+        return 128 if self.max_prompt_length is None else self.max_prompt_length
