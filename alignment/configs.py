@@ -166,7 +166,13 @@ class RunArguments:
         """What is wrong with the method's own fields; each method adds its own."""
         problems = choice_problem(self, "preprocessing", PREPROCESSING_MODES)
         problems += choice_problem(self, "bad_rows", ("refuse", "drop"))
-        problems += positive_problem(self, "total_train_batch_size", "per_device_train_batch_size")
+        problems += positive_problem(
+            self,
+            "total_train_batch_size",
+            "per_device_train_batch_size",
+            "per_device_eval_batch_size",
+            "gradient_accumulation_steps",
+        )
         return problems
 
     def batch_problems(self) -> list[Problem]:

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.utils import ModelOutput
 from trl.trainer.utils import add_fused_lm_head
 
@@ -23,10 +24,11 @@ OUTPUTS = ("log_probs", "mean_logits")
 
 @dataclass
 class HeadOutput(ModelOutput):
-    """What is read of the forward; both (R, T) float32, zero where the label is -100."""
+    """What is read of the forward: two (R, T) float32, zero where the label is -100, and a scalar."""
 
     log_probs: Tensor | None = None
     mean_logits: Tensor | None = None
+    aux_loss: Tensor | None = None  # load balancing, for a mixture of experts with output_router_logits
 
 
 def add_lm_head(model: PreTrainedModel, device_type: str) -> None:
@@ -34,7 +36,9 @@ def add_lm_head(model: PreTrainedModel, device_type: str) -> None:
 
     device_type: "cuda" or "cpu", where the model will be trained.
     """
-    if device_type == "cuda" and isinstance(model.get_output_embeddings(), nn.Linear):
+    # TRL's head takes the packed batch's 4D mask for a padding mask when it balances a router's load.
+    routed = getattr(model.config.get_text_config(), "output_router_logits", False)
+    if device_type == "cuda" and isinstance(model.get_output_embeddings(), nn.Linear) and not routed:
         add_fused_lm_head(model, outputs=OUTPUTS)
     else:
         add_chunked_lm_head(model)
@@ -43,22 +47,37 @@ def add_lm_head(model: PreTrainedModel, device_type: str) -> None:
 def add_chunked_lm_head(model: PreTrainedModel) -> None:
     plain_forward = model.forward
     softcap, scale = logit_transform(model)
+    config = model.config.get_text_config()
+    routed = getattr(config, "output_router_logits", False)
 
     @functools.wraps(type(model).forward)  # `generate` reads the signature
     def forward(self: PreTrainedModel, *args, fused_lm_head: bool = False, shift_labels: Tensor | None = None, **kwargs):
         if not fused_lm_head:
-            return plain_forward(*args, **kwargs) if shift_labels is None else plain_forward(
-                *args, shift_labels=shift_labels, **kwargs
-            )
-        hidden = self.base_model(*args, **{**kwargs, "use_cache": False}).last_hidden_state  # (R, T, H)
+            labels = {} if shift_labels is None else {"shift_labels": shift_labels}
+            return plain_forward(*args, **labels, **kwargs)
+        outputs = self.base_model(*args, **kwargs, **({"output_router_logits": True} if routed else {}))
         scored = shift_labels != -100  # (R, T)
         logps, mean_logits = chunked_logps(
-            self.get_output_embeddings(), hidden[scored], shift_labels[scored], softcap=softcap, scale=scale
-        )  # (N,), (N,)
+            self.get_output_embeddings(),
+            outputs.last_hidden_state[scored],  # (N, H)
+            shift_labels[scored],
+            softcap=softcap,
+            scale=scale,
+        )
         spread = functools.partial(logps.new_zeros(scored.shape).masked_scatter, scored)
-        return HeadOutput(log_probs=spread(logps), mean_logits=spread(mean_logits))
+        return HeadOutput(
+            log_probs=spread(logps),
+            mean_logits=spread(mean_logits),
+            aux_loss=router_loss(outputs.router_logits, config, kwargs.get("attention_mask")) if routed else None,
+        )
 
     model.forward = types.MethodType(forward, model)
+
+
+def router_loss(router_logits: tuple[Tensor, ...], config: PreTrainedConfig, attention_mask: Tensor | None) -> Tensor:
+    """The load-balancing loss of a mixture of experts, over tokens that are not padding; a packed row has none."""
+    padding_mask = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
+    return load_balancing_loss_func(router_logits, config.num_experts, config.num_experts_per_tok, padding_mask)
 
 
 def logit_transform(model: PreTrainedModel) -> tuple[float | None, float]:

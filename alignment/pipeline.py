@@ -265,8 +265,8 @@ class MetricsFile(TrainerCallback):
         # What an interrupted attempt logged after the checkpoint that this one resumes from will be logged again.
         path = Path(args.output_dir, "metrics.jsonl")
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        kept = [line for line in lines if state.global_step and json.loads(line)["step"] <= state.global_step]
-        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        records = [json.loads(line) for line in lines]
+        write_jsonl(path, [record for record in records if state.global_step and record["step"] <= state.global_step])
 
     def on_log(self, args, state, control, logs: dict[str, float], **kwargs) -> None:
         if state.is_world_process_zero:
@@ -304,14 +304,13 @@ def evaluate(trainer: Trainer, run_: Run) -> None:
     trainer.save_metrics("eval", metrics)
     pairs = getattr(trainer, "eval_pairs", {}).get("eval")
     if pairs is not None and trainer.is_world_process_zero():
-        rows = (dict(zip(pairs, values, strict=True)) for values in zip(*(column.tolist() for column in pairs.values()), strict=True))
-        path = run_.output_dir / "eval_pairs.jsonl"
-        path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+        columns = [column.tolist() for column in pairs.values()]
+        records = [dict(zip(pairs, values, strict=True)) for values in zip(*columns, strict=True)]
+        write_jsonl(run_.output_dir / "eval_pairs.jsonl", records)
 
 
 def finish(trainer: Trainer, run_: Run) -> None:
     """The card, the curves, and the push that a recipe asked for."""
-    facts = {"dataset": list(run_.data_args.dataset_mixer), "finetuned_from": run_.model_args.model_name_or_path}
     trainer.save_state()
     if trainer.is_world_process_zero():
         from .review.plots import plot_curves, read_metrics  # matplotlib takes a second to import
@@ -321,6 +320,10 @@ def finish(trainer: Trainer, run_: Run) -> None:
         trainer.push_to_hub()
     else:
         trainer.create_model_card()
+
+
+def write_jsonl(path: Path, records: list[dict[str, Any]]) -> None:
+    path.write_text("".join(f"{json.dumps(record)}\n" for record in records), encoding="utf-8")
 
 
 def write_run_folder(run_: Run) -> None:

@@ -117,6 +117,12 @@ def response_lengths(tokens: Dataset) -> np.ndarray:
     return np.stack([columns["chosen_length"], columns["rejected_length"]])
 
 
+def longest_pair(tokens: Dataset) -> int:
+    """Tokens of the longest pair when both sides share their prompt."""
+    columns = tokens.select_columns(["chosen_prompt_length", "chosen_length", "rejected_length"]).with_format("numpy")[:]
+    return int(sum(columns.values()).max())
+
+
 def describe_tokens(tokens: Dataset, dropped: int, rules: LengthRules) -> str:
     """One clause on a split's tokens: lengths, cuts, and how often the chosen response is the longer."""
     table = tokens.select_columns(

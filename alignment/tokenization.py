@@ -110,7 +110,7 @@ def tokenize_pair(
 def tokenize_pairs(
     batch: dict[str, list[str]], indices: list[int], tokenizer: PreTrainedTokenizerBase, rules: LengthRules
 ) -> dict[str, list[Any]]:
-    """A batch of pairs (columns prompt, chosen, rejected: text) as token ids, for `Dataset.map(batched=True, with_indices=True)`.
+    """A batch of text pairs (columns prompt, chosen, rejected) as token ids, for `Dataset.map` in batches with indices.
 
     Adds `index`, the row of the pair in its split. Raises UserError naming the row that cannot be tokenized.
     """

@@ -1,4 +1,4 @@
-"""The quickstart's model: a tokenizer trained at home, a small Llama of random weights, and sampling from what it becomes."""
+"""The quickstart's home-trained tokenizer, its small Llama of random weights, and responses sampled from a run."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +21,7 @@ MAX_NEW_TOKENS = 48  # the longest response of the data has 33 and its end of tu
 
 
 def train_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with Llama-3's chat template, of as many tokens as it takes to make every word of the texts one."""
+    """Byte-level BPE with Llama-3's chat template; it ends up with one token for every word of the texts."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -31,7 +31,7 @@ def train_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator([*texts, "user", "assistant", "\n\n"], trainer)
+    backend.train_from_iterator([*texts, "user", "assistant"], trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         bos_token=BOS,

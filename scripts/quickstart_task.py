@@ -30,11 +30,6 @@ CONFIRMING = (
     "I have packed {order} for you.",
     "Yes, we have {order}.",
 )
-    "Certainly, {order}.",
-    "Here are your {order}.",
-    "I have packed {order} for you.",
-    "Yes, we have {order}.",
-)
 EVASIVE = (
     "It is hard to say what we have.",
     "Somebody else may know more about that.",

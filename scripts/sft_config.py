@@ -9,9 +9,9 @@ from alignment.configs import RunArguments
 
 @dataclass
 class SFTConfig(RunArguments, trl.SFTConfig):
-    """TRL's SFTConfig with the Trainer's own defaults where TRL's surprise: bf16 off, as a CPU needs it, and no checkpointing."""
+    """TRL's SFTConfig, with the Trainer's own defaults where TRL's surprise: no bf16, which a CPU may lack."""
 
     bf16: bool = field(default=False, metadata={"help": "Compute in bf16."})
-    gradient_checkpointing: bool = field(
-        default=False, metadata={"help": "Recompute activations in the backward pass, to save memory."}
+    gradient_checkpointing: bool | None = field(
+        default=None, metadata={"help": "Recompute activations in the backward pass, to save memory."}
     )

@@ -1,5 +1,6 @@
 """SimPOConfig: everything that a SimPO recipe says about training."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -48,6 +49,13 @@ class SimPOConfig(RunArguments, TrainingArguments):
             "where the model's attention allows."
         },
     )
+    max_tokens_per_micro_batch: int | None = field(
+        default=None,
+        metadata={
+            "help": "Divide the pairs of a step (per_device_train_batch_size x gradient_accumulation_steps a process) into "
+            "packed micro-batches of at most so many tokens, instead of a fixed count; data order and steps stay."
+        },
+    )
     generate_during_eval: bool = field(default=False, metadata={"help": "Not supported; sample from the saved model."})
     is_encoder_decoder: bool | None = field(default=None, metadata={"help": "Decoder-only models only: null or false."})
     model_init_kwargs: dict[str, Any] | None = field(
@@ -64,7 +72,7 @@ class SimPOConfig(RunArguments, TrainingArguments):
 
     def problems(self) -> list[Problem]:
         problems = super().problems()
-        problems += positive_problem(self, "beta", "max_length", "max_prompt_length", "dataset_num_proc")
+        problems += positive_problem(self, "beta", "max_length", "max_prompt_length", "dataset_num_proc", "max_tokens_per_micro_batch")
         problems += choice_problem(self, "loss_type", ("sigmoid", "hinge"))
         problems += choice_problem(self, "truncation_mode", ("keep_end", "keep_start"))
         problems += choice_problem(self, "pair_layout", ("auto", "packed", "padded"))
@@ -73,6 +81,9 @@ class SimPOConfig(RunArguments, TrainingArguments):
         for key in ("sft_weight", "gamma_beta_ratio"):
             if not getattr(self, key) >= 0:
                 problems.append(Problem(key, getattr(self, key), "must not be negative"))
+        for key in ("beta", "sft_weight", "gamma_beta_ratio"):
+            if getattr(self, key) == math.inf:
+                problems.append(Problem(key, math.inf, "must be finite"))
         if self.label_pad_token_id != -100:
             problems.append(Problem("label_pad_token_id", self.label_pad_token_id, "must be -100, torch's ignored label"))
         for key in ("max_completion_length", "max_target_length", "is_encoder_decoder", "generate_during_eval"):

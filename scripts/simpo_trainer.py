@@ -1,6 +1,8 @@
 """SimPOTrainer: the HF Trainer with the SimPO objective."""
 
 import logging
+from contextlib import nullcontext
+from copy import copy
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,24 +12,28 @@ from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from alignment.card import simpo_card
 from alignment.chat import TEXT_COLUMNS
-from alignment.collate import PackedCollator, PaddedCollator
+from alignment.collate import Batch, PackedCollator, PaddedCollator, TokenBudgetCollator
 from alignment.errors import TrainingStopped, UserError
 from alignment.head import add_lm_head
 from alignment.losses import response_sums, simpo_loss
 from alignment.metrics import RunningMeans
 from alignment.models import add_adapter, disable_dropout, load_policy
-from alignment.prepare import to_tokens
+from alignment.prepare import longest_pair, to_tokens
 from alignment.shared_prompt import use_shared_prompts, why_not
+from alignment.throughput import Throughput
 from alignment.tokenization import SIDES, TOKEN_COLUMNS, LengthRules, tokenize_pairs
 
 from .simpo_config import SimPOConfig
 
 logger = logging.getLogger(__name__)
+
+
+FORWARD_COLUMNS = ("input_ids", "attention_mask", "position_ids", "shift_labels", "shared_prompt")
 
 
 class NonFiniteLogps(TrainingStopped):
@@ -43,6 +49,7 @@ class PairScores(NamedTuple):
     rejected_tokens: Tensor
     chosen_mean_logit: Tensor  # over response tokens and vocabulary
     rejected_mean_logit: Tensor
+    router_loss: Tensor | None  # (), the load balancing of a mixture of experts that asks for it
 
 
 class StepSize(NamedTuple):
@@ -102,6 +109,13 @@ class SimPOTrainer(Trainer):
             logger.info("Dropout off: %s", ", ".join(switched_off))
         padding = args.padding_value if args.padding_value is not None else processing_class.pad_token_id
         collator = PackedCollator() if packs(policy, args.pair_layout) else PaddedCollator(pad_token_id=padding)
+        args = copy(args)
+        self.step_micro_batches = args.gradient_accumulation_steps
+        if args.max_tokens_per_micro_batch is not None:
+            check_token_budget(args.max_tokens_per_micro_batch, collator, train_dataset)
+            # The loader then yields whole steps, which TokenBudgetCollator divides.
+            args.per_device_train_batch_size *= args.gradient_accumulation_steps
+            args.gradient_accumulation_steps = 1
         super().__init__(
             model=model,
             args=args,
@@ -112,20 +126,22 @@ class SimPOTrainer(Trainer):
             callbacks=callbacks,
             **kwargs,
         )
-        unwrapped = self.accelerator.unwrap_model(self.model)
-        if hasattr(unwrapped, "add_model_tags"):
-            unwrapped.add_model_tags(list(self._tag_names))
+        self.policy_config = policy.config.get_text_config()
+        self.throughput = Throughput(self.policy_config, trainable_share(self.model), args.device)
+        self.add_callback(StepClock(self.throughput))
+        if hasattr(self.model, "add_model_tags"):
+            self.model.add_model_tags(list(self._tag_names))
 
     # ---- The objective ----
 
-    def concatenated_forward(self, model: nn.Module, batch: dict[str, Tensor]) -> PairScores:
+    def concatenated_forward(self, model: nn.Module, batch: Batch) -> PairScores:
         """Score B pairs in one forward, over 2B padded rows or one packed row (see alignment.collate)."""
-        inputs = {key: value for key, value in batch.items() if key not in ("is_response", "index")}
+        inputs = {key: batch[key] for key in FORWARD_COLUMNS if key in batch}
         output = model(**inputs, use_cache=False, fused_lm_head=True)
         logps, tokens = response_sums(output.log_probs, batch["is_response"])  # (2B,) nats, (2B,) tokens
         logits, _ = response_sums(output.mean_logits, batch["is_response"])
         columns = [half for column in (logps / tokens, tokens, logits / tokens) for half in column.chunk(2)]
-        return PairScores(*columns)
+        return PairScores(*columns, router_loss=output.get("aux_loss"))
 
     def simpo_loss(
         self, policy_chosen_logps: Tensor, policy_rejected_logps: Tensor
@@ -141,22 +157,21 @@ class SimPOTrainer(Trainer):
         )
         return losses, self.args.beta * policy_chosen_logps.detach(), self.args.beta * policy_rejected_logps.detach()
 
-    def sft_terms(self, scores: PairScores) -> tuple[Tensor, Tensor]:
+    def sft_terms(self, scores: PairScores, scale: Tensor) -> tuple[Tensor, Tensor]:
         """Numerator and weight, both (B,), whose ratio of sums is the mean cross-entropy of the chosen responses.
 
-        `published`: every pair weighs 1 and carries its micro-batch's mean per token. `exact`: every pair weighs its
-        tokens, so that the mean is over all chosen tokens of the step, however it is split.
+        `published`: every pair weighs 1 and its nats are scaled by its micro-batch's mean length. `exact`: every pair
+        weighs its tokens, so that the mean is over all chosen tokens of the step, however it is split.
         """
         nats = -scores.chosen_mean_logp * scores.chosen_tokens
         if self.args.preprocessing == "exact":
             return nats, scores.chosen_tokens
-        batch_mean = nats.sum() / scores.chosen_tokens.sum()
-        return batch_mean.expand_as(nats), torch.ones_like(scores.chosen_tokens)
+        return nats * scale, torch.ones_like(scores.chosen_tokens)
 
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: dict[str, Tensor],
+        inputs: Batch,
         return_outputs: bool = False,
         num_items_in_batch: StepSize | None = None,
     ) -> Tensor | tuple[Tensor, PairScores]:
@@ -164,55 +179,103 @@ class SimPOTrainer(Trainer):
         scores = self.concatenated_forward(model, inputs)
         losses, chosen_rewards, rejected_rewards = self.simpo_loss(scores.chosen_mean_logp, scores.rejected_mean_logp)
         step = self.step_size([inputs]) if num_items_in_batch is None else num_items_in_batch
+        repeated = inputs.get("repeated", False)
         # Gradients are averaged over processes, each of which has divided by the pairs of all.
-        processes = self.accelerator.num_processes
-        loss = losses.sum() * processes / step.pairs
+        share = 0.0 if repeated else self.accelerator.num_processes / step.pairs
+        loss = losses.sum() * share
+        sums = {name: (values.sum(), len(values)) for name, values in pair_metrics(scores, chosen_rewards, rejected_rewards).items()}
         if self.args.sft_weight > 0:
-            nats, weight = self.sft_terms(scores)
-            total = step.chosen_tokens if self.args.preprocessing == "exact" else step.pairs
-            loss = loss + self.args.sft_weight * nats.sum() * processes / total
-            self.train_means.add("sft_loss", nats.sum(), weight.sum())
-        self.watch(scores, chosen_rewards, rejected_rewards, inputs["index"])
+            nats, weight = self.sft_terms(scores, inputs["sft_scale"])
+            total_weight = step.chosen_tokens if self.args.preprocessing == "exact" else step.pairs
+            loss = loss + self.args.sft_weight * nats.sum() * share * step.pairs / total_weight
+            sums["sft_loss"] = (nats.sum(), weight.sum())
+        if scores.router_loss is not None:
+            router_loss = scores.router_loss.to(loss.device) * len(losses)
+            loss = loss + self.policy_config.router_aux_loss_coef * router_loss * share
+            sums["router_loss"] = (router_loss, len(losses))
+        if not repeated:
+            for name, (total, count) in sums.items():
+                self.train_means.add(name, total, count)
+            self.step_checks.append((torch.isfinite(chosen_rewards + rejected_rewards), inputs["index"]))
+        if self.accelerator.sync_gradients:
+            self.stop_unless_finite()
         return (loss, scores) if return_outputs else loss
 
-    def watch(self, scores: PairScores, chosen_rewards: Tensor, rejected_rewards: Tensor, index: Tensor) -> None:
-        """Add a training micro-batch to the running means; stop before the step's last backward if it is not finite."""
-        for name, values in pair_metrics(scores, chosen_rewards, rejected_rewards).items():
-            self.train_means.add(name, values.sum(), len(values))
-        self.step_checks.append((torch.isfinite(chosen_rewards + rejected_rewards), index))
-        if self.accelerator.sync_gradients:
-            finite, rows = (torch.cat(column) for column in zip(*self.step_checks, strict=True))
-            self.step_checks.clear()
-            self.stop_unless_finite(finite, rows, "training")
+    def stop_unless_finite(self) -> None:
+        """Raises NonFiniteLogps on every process if a pair of the step is not finite on any; in front of the last backward.
 
-    def stop_unless_finite(self, finite: Tensor, rows: Tensor, split: str) -> None:
-        """Raises NonFiniteLogps on every process if a pair of any is not finite. One wait for the device a step."""
+        One wait for the device a step.
+        """
+        finite, rows = (torch.cat(column) for column in zip(*self.step_checks, strict=True))
+        self.step_checks.clear()
         if self.accelerator.reduce(finite.logical_not().sum(), reduction="sum") == 0:
             return
         bad = rows[~finite].tolist()
         raise NonFiniteLogps(
-            f"step {self.state.global_step + 1}: the log-probabilities of {split} rows {bad or 'on another process'} are "
+            f"step {self.state.global_step + 1}: the log-probabilities of training rows {bad or 'on another process'} are "
             "not finite. No step was taken with them; the last checkpoint is as it was. Usual causes: a learning rate "
             "that is too high, fp16, damaged weights."
         )
 
     # ---- Steps ----
 
+    def get_train_dataloader(self) -> DataLoader:
+        """Batches of a fixed number of pairs, or with max_tokens_per_micro_batch, a whole step's pairs, divided by tokens."""
+        collator = self.data_collator
+        if self.args.max_tokens_per_micro_batch is not None:
+            pairs = self.args.per_device_train_batch_size // self.step_micro_batches
+            self.data_collator = TokenBudgetCollator(self.args.max_tokens_per_micro_batch, pairs)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = collator
+
     def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device) -> tuple[list, StepSize | None]:
         """The micro-batches of one optimizer step, and how many pairs they are on all processes."""
         samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        return samples, self.step_size(samples) if samples else None
+        self.throughput.start_step()
+        batches = [batch for sample in samples for batch in micro_batches(sample)]
+        self.throughput.counts += [batch["token_counts"] for batch in batches]
+        return samples, self.step_size(batches) if batches else None
 
-    def step_size(self, batches: list[dict[str, Tensor]]) -> StepSize:
+    def step_size(self, batches: list[Batch]) -> StepSize:
         pairs = sum(len(batch["index"]) for batch in batches)
         chosen = sum(batch["is_response"].chunk(2)[0].sum() for batch in batches)
         counts = torch.stack([torch.as_tensor(pairs, device=chosen.device), chosen]).to(self.args.device)
         return StepSize(*self.accelerator.reduce(counts, reduction="sum"))
 
+    def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: StepSize | None = None) -> Tensor:
+        """Forward and backward of a micro-batch, or of all of a step where the step is divided by tokens."""
+        if "micro_batches" not in inputs:
+            return super().training_step(model, inputs, num_items_in_batch)
+        batches = inputs["micro_batches"]
+        # A process with fewer micro-batches repeats its last one without weight: collectives come in equal numbers.
+        rounds = int(self.accelerator.gather(torch.tensor([len(batches)], device=self.args.device)).max())
+        losses = []
+        for number in range(rounds):
+            last = number == rounds - 1
+            self.accelerator.gradient_state._set_sync_gradients(last)
+            with nullcontext() if last else self.accelerator.no_sync(model):
+                batch = batches[number] if number < len(batches) else {**batches[-1], "repeated": True}
+                losses.append(super().training_step(model, batch, num_items_in_batch))
+        return torch.stack(losses).sum()
+
+    def floating_point_ops(self, inputs: Batch) -> float:
+        """Of the distinct tokens, where the architecture is known well enough to tell."""
+        if self.throughput.step_flops is None:
+            return 0
+        body, head = self.throughput.step_flops
+        counts = [batch["token_counts"] for batch in micro_batches(inputs)]
+        return sum(body * count.distinct + head * count.scored for count in counts)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the running means to every training record."""
+        """Add the running means and the speed to every training record."""
         if "loss" in logs:
             logs.update(self.train_means.flush(self.accelerator))
+            logs.update(speed := self.throughput.flush(self.accelerator))
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, ProgressCallback) and callback.training_bar is not None:
+                    callback.training_bar.set_postfix({name: f"{value:.3g}" for name, value in speed.items()})
         super().log(logs, start_time)
 
     # ---- Evaluation: per pair, so that every held-out row counts once on any number of processes ----
@@ -220,7 +283,7 @@ class SimPOTrainer(Trainer):
     def prediction_step(
         self,
         model: nn.Module,
-        inputs: dict[str, Tensor],
+        inputs: Batch,
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[None, tuple[Tensor, ...], None]:
@@ -228,7 +291,7 @@ class SimPOTrainer(Trainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             scores = self.concatenated_forward(model, inputs)
             losses, *_ = self.simpo_loss(scores.chosen_mean_logp, scores.rejected_mean_logp)
-        return None, (inputs["index"], losses, *self.sft_terms(scores), *scores), None
+        return None, (inputs["index"], losses, *self.sft_terms(scores, inputs["sft_scale"]), *scores[:6]), None
 
     def evaluation_loop(
         self,
@@ -240,7 +303,7 @@ class SimPOTrainer(Trainer):
     ) -> EvalLoopOutput:
         output = super().evaluation_loop(dataloader, description, False, ignore_keys, metric_key_prefix)
         index, losses, sft_nats, sft_weight, *columns = (torch.from_numpy(column) for column in output.predictions)
-        scores = PairScores(*columns)
+        scores = PairScores(*columns, router_loss=None)
         chosen, rejected = self.args.beta * scores.chosen_mean_logp, self.args.beta * scores.rejected_mean_logp
         finite = torch.isfinite(chosen + rejected)
         if not finite.all():
@@ -268,7 +331,10 @@ class SimPOTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         super()._save(output_dir, state_dict)
         # A pickle of the arguments, hub_token among them; the recipe beside it says the same in YAML.
-        Path(output_dir or self.args.output_dir, "training_args.bin").unlink(missing_ok=True)
+        folder = Path(output_dir or self.args.output_dir)
+        folder.joinpath("training_args.bin").unlink(missing_ok=True)
+        for weights in folder.glob("*.safetensors") if self.args.should_save else ():
+            weights.chmod(0o644)  # safetensors leaves 0600: a group could not read the model
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write README.md: method, paper, settings, data, held-out figures. `push_to_hub` calls this too."""
@@ -281,7 +347,7 @@ class SimPOTrainer(Trainer):
             **steps,
             "SFT weight": self.args.sft_weight,
             "learning rate": self.args.learning_rate,
-            "pairs per step": self.get_total_train_batch_size(self.args) * self.args.gradient_accumulation_steps,
+            "pairs per step": self.get_total_train_batch_size(self.args),
             "steps": self.state.global_step,
             "max_length / max_prompt_length": f"{self.args.length_limit} / {self.args.prompt_limit}",
             "preprocessing": self.args.preprocessing,
@@ -316,6 +382,35 @@ class SimPOTrainer(Trainer):
         logps = logits[:, :-1].float().log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None]).squeeze(-1)
         sums, tokens = response_sums(logps, targets != -100)
         return sums / tokens if average_log_prob else sums
+
+
+class StepClock(TrainerCallback):
+    """Tells the throughput where a step ends, so that evaluation and saving are not counted."""
+
+    def __init__(self, throughput: Throughput):
+        self.throughput = throughput
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        self.throughput.end_step()
+
+
+def micro_batches(sample: Batch) -> list[Batch]:
+    return sample.get("micro_batches", [sample])
+
+
+def trainable_share(model: nn.Module) -> float:
+    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]  # ds_numel under ZeRO-3
+    return sum(size for size, trained in sizes if trained) / sum(size for size, _ in sizes)
+
+
+def check_token_budget(budget: int, collator: PaddedCollator | PackedCollator, rows: Dataset | None) -> None:
+    """Raises UserError if batches are not packed, or the longest pair alone is over the budget."""
+    key = f"max_tokens_per_micro_batch = {budget}"
+    if not isinstance(collator, PackedCollator):
+        raise UserError(f"{key}: only packed batches are divided by tokens; remove it, or see pair_layout")
+    longest = 0 if rows is None else longest_pair(rows)
+    if longest > budget:
+        raise UserError(f"{key}: the longest pair has {longest} tokens; give at least that, or lower max_length")
 
 
 def pair_metrics(scores: PairScores, chosen_rewards: Tensor, rejected_rewards: Tensor) -> dict[str, Tensor]:

@@ -1,0 +1,76 @@
+"""How fast a run trains, counted in tokens that had to be computed: distinct ones, each shared prompt once."""
+
+import resource
+import time
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from transformers import PreTrainedConfig
+from trl.trainer.utils import compute_flops_per_token, get_peak_flops
+
+
+@dataclass(frozen=True)
+class TokenCounts:
+    """Of one micro-batch, in tokens."""
+
+    distinct: int  # what the packed row holds
+    padded: int  # what 2B rows padded to the longest would hold
+    scored: int  # of the distinct ones, those whose prediction is scored: all that the head computes
+
+
+class Throughput:
+    """Tokens and seconds since the last log. Seconds run from the first micro-batch of a step to the end of the step."""
+
+    def __init__(self, config: PreTrainedConfig, trainable_share: float, device: torch.device):
+        self.step_flops = None if hasattr(config, "num_experts_per_tok") else dense_flops(config, trainable_share)
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+        self.peak_flops = get_peak_flops(name, "bfloat16") if name else None
+        self.device = device
+        self.counts: list[TokenCounts] = []
+        self.seconds = 0.0
+        self.started = time.perf_counter()
+
+    def start_step(self) -> None:
+        self.started = time.perf_counter()
+
+    def end_step(self) -> None:
+        self.seconds += time.perf_counter() - self.started
+
+    def flush(self, accelerator: Accelerator) -> dict[str, float]:
+        """Figures over all processes since the last flush, which must be called on all of them."""
+        counts = [sum(getattr(count, name) for count in self.counts) for name in ("distinct", "padded", "scored")]
+        local = torch.tensor([*counts, self.seconds], dtype=torch.float64, device=self.device)
+        distinct, padded, scored, seconds = accelerator.reduce(local, reduction="sum").tolist()
+        self.counts, self.seconds = [], 0.0
+        if not distinct or not seconds:
+            return {}
+        per_second = distinct / seconds  # of one process, on average
+        figures = {
+            "tokens_per_second": per_second * accelerator.num_processes,
+            "tokens_saved": 1 - distinct / padded,
+            "peak_memory_gb": peak_memory_gb(self.device),
+        }
+        if self.peak_flops and self.step_flops:
+            body, head = self.step_flops
+            figures["mfu"] = per_second * (body + head * scored / distinct) / self.peak_flops
+        return figures
+
+
+def dense_flops(config: PreTrainedConfig, trainable_share: float) -> tuple[float, float]:
+    """Floating-point operations of a training step per token in the layers, and per scored token in the head.
+
+    Forward, gradient of activations, and gradient of the trained share of weights; attention scores and recomputation
+    are left out, so the utilization that follows is a lower bound.
+    """
+    forward = compute_flops_per_token(config, seq_len=0) / 3
+    head = 2 * config.vocab_size * config.hidden_size
+    passes = 2 + trainable_share
+    return passes * (forward - head), passes * head
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """The most memory that this process has held so far: on the GPU, or in all on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,0 +1,236 @@
+"""The scoring forward against log-softmax over all logits."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedModel
+from trl.trainer.utils import add_fused_lm_head
+
+from alignment.head import CHUNK_TOKENS, OUTPUTS, add_chunked_lm_head, add_lm_head, chunked_logps
+from tests.builders import VOCABULARY, tiny_model
+
+LOGITS_OF_EVERY_KIND = ["llama", "mistral", "gemma2", "qwen2", "phi", "granite", "cohere", "hyperclovax"]
+
+
+def scored_batch(rows: int = 2, tokens: int = 12) -> dict[str, Tensor]:
+    """Random ids and shifted labels of which the first third is ignored, one more in the first row."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(VOCABULARY, (rows, tokens + 1), generator=generator)
+    labels = ids[:, 1:].clone()
+    labels[:, : tokens // 3] = -100
+    labels[0, -1] = -100
+    return {"input_ids": ids[:, :-1], "shift_labels": labels}
+
+
+def plain_scores(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and mean logits from all logits, zero where nothing is scored."""
+    logits, labels = model(input_ids=batch["input_ids"]).logits, batch["shift_labels"]
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logps = logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None]).squeeze(-1)
+    return logps.where(labels != -100, 0), logits.mean(-1).where(labels != -100, 0)
+
+
+def head_scores(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    output = model(**batch, fused_lm_head=True)
+    return output.log_probs, output.mean_logits
+
+
+def gradients(model: nn.Module, logps: Tensor) -> dict[str, Tensor]:
+    """Of an uneven weighting, so that tokens that changed places would show."""
+    model.zero_grad()
+    (logps * torch.linspace(0.5, 2, logps.numel(), dtype=logps.dtype).view_as(logps)).sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same_scores_and_gradients(model: nn.Module, batch: dict[str, Tensor], **tolerance: float) -> None:
+    expected_logps, expected_means = plain_scores(model, batch)
+    expected = gradients(model, expected_logps)
+    logps, means = head_scores(model, batch)
+    torch.testing.assert_close(logps, expected_logps, **tolerance)
+    torch.testing.assert_close(means, expected_means, **tolerance)
+    torch.testing.assert_close(gradients(model, logps), expected, **tolerance)
+
+
+@pytest.mark.parametrize("tie", [False, True])
+@pytest.mark.parametrize("kind", LOGITS_OF_EVERY_KIND)
+def test_scores_and_gradients_are_those_of_all_logits(kind, tie):
+    model = tiny_model(kind, dtype=torch.float64, tie=tie)
+    add_lm_head(model, "cpu")
+    assert_same_scores_and_gradients(model, scored_batch(), rtol=0, atol=1e-9)
+
+
+def test_soft_capping_moves_the_scores_that_are_compared_here():
+    capped, free = tiny_model("gemma2"), tiny_model("gemma2", final_logit_softcapping=None)
+    (logps, _), (free_logps, _) = (plain_scores(model, scored_batch()) for model in (capped, free))
+    assert (logps - free_logps).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 5, 10, 64])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("softcap", "scale"), [(None, 1.0), (2.0, 1.0), (2.0, 0.5)])
+def test_every_chunk_size_gives_the_same_scores_and_gradients(chunk, bias, softcap, scale):
+    torch.manual_seed(0)
+    head = nn.Linear(8, 33, bias=bias, dtype=torch.float64)
+    hidden = torch.randn(10, 8, dtype=torch.float64, requires_grad=True)
+    labels, weights = torch.randint(33, (10,)), torch.randn(10, dtype=torch.float64)
+    logits = head(hidden) * scale
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    expected = logits.log_softmax(-1)[torch.arange(10), labels]
+    logps, means = chunked_logps(head, hidden, labels, softcap=softcap, scale=scale, chunk=chunk)
+
+    torch.testing.assert_close(logps, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(means, logits.mean(-1), rtol=0, atol=1e-12)
+    wanted = [hidden, *head.parameters()]
+    torch.testing.assert_close(
+        torch.autograd.grad((logps * weights).sum(), wanted),
+        torch.autograd.grad((expected * weights).sum(), wanted),
+        rtol=0,
+        atol=1e-12,
+    )
+
+
+def test_no_scored_position_gives_zeros_and_zero_gradients():
+    model = tiny_model()
+    add_lm_head(model, "cpu")
+    batch = scored_batch()
+    batch["shift_labels"][:] = -100
+    logps, means = head_scores(model, batch)
+    assert not logps.any()
+    assert not means.any()
+    grads = gradients(model, logps)
+    assert grads.keys() == dict(model.named_parameters()).keys()
+    assert not any(grad.any() for grad in grads.values())
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "granite", "phi"])
+def test_scores_and_gradients_are_those_of_trls_head(kind):
+    ours, theirs = tiny_model(kind), tiny_model(kind)
+    add_chunked_lm_head(ours)
+    add_fused_lm_head(theirs, outputs=OUTPUTS)
+    (logps, means), (trl_logps, trl_means) = (head_scores(model, scored_batch()) for model in (ours, theirs))
+    scored = scored_batch()["shift_labels"] != -100
+    torch.testing.assert_close(logps[scored], trl_logps[scored], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(means[scored], trl_means[scored], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        gradients(ours, logps), gradients(theirs, trl_logps.where(scored, 0)), rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"target_modules": ["q_proj", "lm_head"], "init_lora_weights": False},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"], "init_lora_weights": False},
+        {"target_modules": ["q_proj"], "init_lora_weights": False},
+    ],
+    ids=["adapter on the head", "head trained whole", "frozen head"],
+)
+def test_an_adapted_model_scores_as_its_own_logits_do(kind, lora):
+    model = tiny_model(kind, dtype=torch.float64)
+    add_lm_head(model, "cpu")
+    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, **lora))
+    assert_same_scores_and_gradients(adapted, scored_batch(), rtol=0, atol=1e-9)
+
+
+def test_gradient_checkpointing_changes_nothing():
+    model = tiny_model(dtype=torch.float64)
+    add_lm_head(model, "cpu")
+    expected = gradients(model, plain_scores(model, scored_batch())[0])
+    model.train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    torch.testing.assert_close(gradients(model, head_scores(model, scored_batch())[0]), expected, rtol=0, atol=1e-9)
+
+
+class RowsOfLogits(TorchDispatchMode):
+    """The most rows that any tensor as wide as the vocabulary has had, in forward and backward."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.ndim > 1 and result.shape[-1] == VOCABULARY:
+            self.largest = max(self.largest, result.numel() // VOCABULARY)
+        return result
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_never_more_than_one_chunk_of_logits_exists(adapter):
+    model = tiny_model("gemma2")
+    add_lm_head(model, "cpu")
+    if adapter:
+        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=["lm_head"]))
+    batch = scored_batch(rows=2, tokens=600)
+    with RowsOfLogits() as seen:
+        head_scores(model, batch)[0].sum().backward()
+    assert seen.largest == CHUNK_TOKENS
+
+
+def test_that_measure_sees_the_logits_of_a_plain_forward():
+    with RowsOfLogits() as seen:
+        plain_scores(tiny_model(), scored_batch(rows=2, tokens=600))
+    assert seen.largest == 1200
+
+
+def test_bf16_hidden_states_give_float32_scores():
+    torch.manual_seed(0)
+    head = nn.Linear(8, 33, bias=False, dtype=torch.bfloat16)
+    hidden, labels = torch.randn(10, 8, dtype=torch.bfloat16), torch.randint(33, (10,))
+    logps, means = chunked_logps(head, hidden, labels, softcap=None, scale=1.0)
+    expected = head(hidden).float().log_softmax(-1)[torch.arange(10), labels]
+    assert (logps.dtype, means.dtype) == (torch.float32, torch.float32)
+    torch.testing.assert_close(logps, expected, rtol=0, atol=1e-6)
+
+
+def test_bf16_gradients_are_summed_over_chunks_in_float32():
+    """1,024 tokens in 4 chunks: bf16 sums between chunks would lose what float32 keeps."""
+    torch.manual_seed(0)
+    head = nn.Linear(8, 33, bias=False, dtype=torch.bfloat16)
+    hidden, labels = torch.randn(1024, 8, dtype=torch.bfloat16), torch.randint(33, (1024,))
+    chunked_logps(head, hidden, labels, softcap=None, scale=1.0)[0].sum().backward()
+    wide = head.weight.detach().double().requires_grad_()
+    (hidden.double() @ wide.T).log_softmax(-1)[torch.arange(1024), labels].sum().backward()
+    assert head.weight.grad.dtype == torch.bfloat16
+    # bf16 logits and products are off by 2^-9 each, at random; a sum of a thousand is off by far less than its spread.
+    error = (head.weight.grad.double() - wide.grad).norm() / wide.grad.norm()
+    assert error < 0.01
+
+
+def test_under_bf16_autocast_scores_are_float32_of_the_models_own_bf16_logits():
+    model = tiny_model()
+    add_lm_head(model, "cpu")
+    batch = scored_batch()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, _ = plain_scores(model, batch)
+        logps, _ = head_scores(model, batch)
+    assert logps.dtype == torch.float32
+    torch.testing.assert_close(logps, expected, rtol=0, atol=1e-5)
+    wanted = gradients(model, expected)
+    for name, grad in gradients(model, logps).items():
+        assert grad.dtype == torch.float32, name
+        assert (grad - wanted[name]).norm() < 0.02 * wanted[name].norm(), name
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_generation_and_the_plain_forward_are_unchanged(kind):
+    def outputs(model: PreTrainedModel) -> tuple[Tensor, Tensor, Tensor]:
+        model.eval()
+        prompt = scored_batch()["input_ids"]
+        plain = model(input_ids=prompt, labels=prompt)
+        return model.generate(prompt, max_new_tokens=6, do_sample=False, pad_token_id=0), plain.logits, plain.loss
+
+    model = tiny_model(kind)
+    before = outputs(model)
+    add_lm_head(model, "cpu")
+    torch.testing.assert_close(outputs(model), before, rtol=0, atol=0)
+
+
+def test_evaluation_without_gradients_gives_the_same_scores():
+    model = tiny_model()
+    add_lm_head(model, "cpu")
+    with torch.no_grad():
+        logps, _ = head_scores(model, scored_batch())
+    torch.testing.assert_close(logps, head_scores(model, scored_batch())[0])
+    assert not logps.requires_grad

@@ -1,0 +1,222 @@
+"""Where tokenizer and policy come from, in which precision, and that nothing random is left in them."""
+
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel
+
+from alignment.configs import DataArguments, ModelArguments
+from alignment.errors import UserError
+from alignment.models import (
+    add_adapter,
+    check_attention,
+    check_model_path,
+    disable_dropout,
+    load_policy,
+    load_tokenizer,
+    lora_config,
+    model_init_kwargs,
+)
+from scripts.simpo_config import SimPOConfig
+from tests.builders import bpe_tokenizer, tiny_model
+
+IDS = torch.arange(5, 25)[None]
+
+
+def training_args(tmp_path, **settings) -> SimPOConfig:
+    return SimPOConfig(output_dir=str(tmp_path / "run"), use_cpu=True, **settings)
+
+
+# ---- Precision ----
+
+
+@pytest.mark.parametrize(
+    ("torch_dtype", "loaded"), [(None, torch.float32), ("auto", torch.bfloat16), ("bfloat16", torch.bfloat16), ("float32", torch.float32)]
+)
+def test_a_bf16_checkpoint_is_loaded_in_float32_unless_the_recipe_says_otherwise(torch_dtype, loaded, tmp_path):
+    tiny_model(dtype=torch.bfloat16).save_pretrained(tmp_path)
+    model_args = ModelArguments(model_name_or_path=str(tmp_path), torch_dtype=torch_dtype)
+    model = load_policy(str(tmp_path), **model_init_kwargs(model_args, training_args(tmp_path)))
+    assert {parameter.dtype for parameter in model.parameters()} == {loaded}
+
+
+def test_recipe_settings_reach_from_pretrained_in_words_that_json_knows(tmp_path):
+    model_args = ModelArguments(
+        model_revision="v2", attn_implementation="sdpa", use_peft=True, load_in_4bit=True, use_bnb_nested_quant=True
+    )
+    kwargs = model_init_kwargs(model_args, training_args(tmp_path))
+    assert json.loads(json.dumps(kwargs)) == {
+        "revision": "v2",
+        "trust_remote_code": False,
+        "dtype": "float32",
+        "attn_implementation": "sdpa",
+        "quantization_config": {
+            "quant_method": "bitsandbytes",
+            "load_in_4bit": True,
+            "bnb_4bit_compute_dtype": "float32",
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": True,
+            "bnb_4bit_quant_storage": "uint8",
+        },
+    }
+
+
+def test_4_bit_weights_compute_in_bf16_where_the_run_does(tmp_path):
+    model_args = ModelArguments(use_peft=True, load_in_4bit=True)
+    settings = model_init_kwargs(model_args, training_args(tmp_path, bf16=True))["quantization_config"]
+    assert settings["bnb_4bit_compute_dtype"] == "bfloat16"
+
+
+def test_8_bit_weights_have_settings_of_their_own(tmp_path):
+    model_args = ModelArguments(use_peft=True, load_in_8bit=True)
+    settings = model_init_kwargs(model_args, training_args(tmp_path))["quantization_config"]
+    assert settings == {"quant_method": "bitsandbytes", "load_in_8bit": True}
+
+
+# ---- Dropout ----
+
+
+def with_lora(model: PreTrainedModel) -> nn.Module:
+    return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", lora_dropout=0.5, init_lora_weights=False))
+
+
+DROPOUTS = {
+    "a number that attention reads": (lambda: tiny_model(attention_dropout=0.5), 2, "self_attn.attention_dropout = 0.5"),
+    "modules and *_pdrop": (
+        lambda: tiny_model("gpt2", resid_pdrop=0.5, embd_pdrop=0.4, attn_pdrop=0.3),
+        7,
+        "transformer.drop = 0.4",
+    ),
+    "LoRA": (lambda: with_lora(tiny_model()), 4, "q_proj.lora_dropout.default = 0.5"),
+}
+every_dropout = pytest.mark.parametrize(("build", "count", "line"), DROPOUTS.values(), ids=DROPOUTS)
+
+
+def differs_from_itself(model: nn.Module) -> bool:
+    model.train()
+    first, second = (model(input_ids=IDS).logits for _ in range(2))
+    return not torch.equal(first, second)
+
+
+@every_dropout
+def test_two_passes_in_train_mode_are_equal_once_dropout_is_off(build, count, line):
+    model = build()
+    assert differs_from_itself(model)
+    disable_dropout(model)
+    assert not differs_from_itself(model)
+
+
+@every_dropout
+def test_every_dropout_that_was_on_is_listed_with_its_rate(build, count, line):
+    listed = disable_dropout(build())
+    assert any(entry.endswith(line) for entry in listed)
+    assert len(listed) >= count
+
+
+def test_nothing_is_listed_where_nothing_was_on():
+    assert disable_dropout(tiny_model()) == []
+
+
+def test_the_config_says_that_dropout_is_off():
+    model = tiny_model(attention_dropout=0.5)
+    disable_dropout(model)
+    assert model.config.attention_dropout == 0.0
+
+
+# ---- Adapters ----
+
+
+def test_the_recipes_lora_settings_are_the_adapters():
+    config = lora_config(ModelArguments(use_peft=True, lora_r=4, lora_alpha=8, lora_dropout=0.1, lora_target_modules=["q_proj"]))
+    assert (config.r, config.lora_alpha, config.lora_dropout, config.target_modules) == (4, 8, 0.1, {"q_proj"})
+    assert config.task_type == "CAUSAL_LM"
+
+
+def test_all_linear_means_every_linear_layer_but_the_head():
+    config = lora_config(ModelArguments(use_peft=True, lora_target_modules=["all-linear"]))
+    adapted = {name.split(".")[-4] for name, _ in get_peft_model(tiny_model(), config).named_parameters() if "lora_A" in name}
+    assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+def test_without_use_peft_there_is_no_adapter():
+    assert lora_config(ModelArguments(lora_target_modules=["q_proj"])) is None
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_reach_the_adapter_and_only_that(checkpointing, tmp_path):
+    args = training_args(tmp_path, gradient_checkpointing=checkpointing)
+    model = add_adapter(tiny_model(), LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False), args)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": True})  # the kind that needs inputs with a gradient
+    model.train()
+    model(input_ids=IDS).logits.sum().backward()
+    assert all((p.grad is not None) == ("lora_" in name) for name, p in model.named_parameters())
+
+
+# ---- What is refused ----
+
+
+@pytest.mark.parametrize("kernel", ["flash_attention_2", "flash_attention_3"])
+def test_flash_attention_on_a_cpu_is_refused_with_what_to_set_instead(kernel):
+    with pytest.raises(UserError, match=rf"attn_implementation = {kernel}: needs a GPU .* set attn_implementation: sdpa"):
+        check_attention(kernel, use_cpu=True)
+
+
+@pytest.mark.parametrize("kernel", [None, "sdpa", "eager"])
+def test_the_other_kernels_run_anywhere(kernel):
+    check_attention(kernel, use_cpu=True)
+
+
+def test_flash_attention_that_is_not_installed_is_refused_on_a_gpu(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"the package flash_attn is not installed; run `pip install flash-attn"):
+        check_attention("flash_attention_2", use_cpu=False)
+
+
+def test_a_path_without_a_model_is_refused_by_name(tmp_path):
+    path = str(tmp_path / "nothing")
+    for load in (
+        lambda: load_policy(path),
+        lambda: check_model_path(ModelArguments(model_name_or_path=path)),
+        lambda: load_tokenizer(ModelArguments(model_name_or_path=path), DataArguments()),
+    ):
+        with pytest.raises(UserError, match=rf"model_name_or_path = '{path}': its .* cannot be loaded"):
+            load()
+
+
+def test_a_folder_without_weights_is_refused_although_its_config_is_there(tmp_path):
+    tiny_model().config.save_pretrained(tmp_path)
+    check_model_path(ModelArguments(model_name_or_path=str(tmp_path)))
+    with pytest.raises(UserError, match="its weights cannot be loaded"):
+        load_policy(str(tmp_path))
+
+
+# ---- Tokenizers ----
+
+
+def saved_tokenizer(folder, **changes) -> str:
+    tokenizer = bpe_tokenizer()
+    for key, value in changes.items():
+        setattr(tokenizer, key, value)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_padding_falls_back_on_eos_and_a_padding_token_of_its_own_is_kept(tmp_path):
+    bare = saved_tokenizer(tmp_path / "bare", pad_token=None)
+    tokenizer = load_tokenizer(ModelArguments(model_name_or_path=bare), DataArguments())
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+    whole = load_tokenizer(ModelArguments(model_name_or_path=saved_tokenizer(tmp_path / "whole")), DataArguments())
+    assert whole.pad_token == bpe_tokenizer().pad_token
+
+
+def test_the_recipes_tokenizer_and_truncation_side_win(tmp_path):
+    other = saved_tokenizer(tmp_path / "other", chat_template="{{ 'other' }}")
+    model_args = ModelArguments(model_name_or_path=str(tmp_path / "model"), tokenizer_name_or_path=other)
+    tokenizer = load_tokenizer(model_args, DataArguments(truncation_side="left"))
+    assert tokenizer.chat_template == "{{ 'other' }}"
+    assert tokenizer.truncation_side == "left"
