@@ -1,5 +1,7 @@
 """The model card of a SimPO run."""
 
+import re
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -24,6 +26,10 @@ HELD_OUT = {
 }
 
 
+def is_hub_name(name: str) -> bool:
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()
+
+
 def simpo_card(
     *, name: str, base_model: str | None, datasets: list[str], settings: dict[str, Any], held_out: dict[str, float]
 ) -> str:
@@ -32,8 +38,9 @@ def simpo_card(
         "library_name": "transformers",
         "model_name": name,
         "tags": ["simpo", "preference-optimization", "alignment"],
-        **({"base_model": base_model} if base_model else {}),
-        **({"datasets": datasets} if datasets else {}),
+        # The Hub refuses a card whose header names what is no repository.
+        **({"base_model": base_model} if base_model and is_hub_name(base_model) else {}),
+        **({"datasets": on_hub} if (on_hub := [name for name in datasets if is_hub_name(name)]) else {}),
     }
     trained_on = ", ".join(f"`{dataset}`" for dataset in datasets) or "preference pairs"
     rows = [f"| {label} | {held_out[key]:.4f} |" for key, label in HELD_OUT.items() if key in held_out]

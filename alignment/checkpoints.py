@@ -13,7 +13,8 @@ RECIPE_FILE = "recipe.yaml"
 # Keys that leave the trained weights alone; anything else that differs makes another run.
 HARMLESS = (
     "logging_", "log_", "save_", "hub_", "push_to_hub", "report_to", "run_name", "disable_tqdm", "output_dir",
-    "resume_from_checkpoint", "preprocessing_num_workers", "dataset_num_proc", "dataloader_", "eval_", "do_",
+    "resume_from_checkpoint", "preprocessing_num_workers", "dataset_num_proc", "dataloader_num_workers",
+    "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor", "eval_", "do_",
     "per_device_eval_batch_size",
 )  # fmt: skip
 
@@ -41,14 +42,24 @@ def newest_checkpoint(output_dir: Path) -> Path | None:
     return steps[max(steps)] if steps else None
 
 
+# What resuming needs, one of each line: of one process, of FSDP, of DeepSpeed.
+PARTS = (
+    ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors", "pytorch_model_fsdp_*", "latest"),
+    ("optimizer.pt", "optimizer.bin", "optimizer_*", "latest"),
+    ("scheduler.pt", "latest"),
+    ("rng_state*.pth",),
+)
+
+
 def is_whole(path: Path) -> bool:
-    """Whether the folder is a checkpoint whose last-written file is there and readable."""
-    number = path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
+    """Whether the folder is a checkpoint with every part that resuming needs, and a readable state."""
+    if not path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-").isdigit():
+        return False
     try:
         json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError):
         return False
-    return number.isdigit() and any((path / name).exists() for name in ("optimizer.pt", "latest", "optimizer_0"))
+    return all(any(any(path.glob(pattern)) for pattern in patterns) for patterns in PARTS)
 
 
 def refuse_other_recipe(recorded: Path, checkpoint: Path, recipe: dict[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 import os
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 from .errors import ConfigError, Problem
@@ -162,6 +161,15 @@ class RunArguments:
             self.gradient_accumulation_steps = self.total_train_batch_size // self.rows_per_forward
         super().__post_init__()
 
+    def __getstate__(self) -> dict[str, Any]:
+        # The Trainer pickles its arguments into checkpoints, and pushes them.
+        return {**self.__dict__, "hub_token": None}
+
+    def __copy__(self) -> "RunArguments":
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        return twin
+
     def problems(self) -> list[Problem]:
         """What is wrong with the method's own fields; each method adds its own."""
         problems = choice_problem(self, "preprocessing", PREPROCESSING_MODES)
@@ -189,7 +197,3 @@ class RunArguments:
     def rows_per_forward(self) -> int:
         # The launcher's variable, because TrainingArguments.world_size starts the process group.
         return self.per_device_train_batch_size * int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def is_local(path: str) -> bool:
-    return Path(path).expanduser().exists()

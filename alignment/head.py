@@ -84,9 +84,11 @@ def logit_transform(model: PreTrainedModel) -> tuple[float | None, float]:
     """Soft-capping (Gemma-2) and multiplier (Cohere, Granite, Falcon-H1) that a model applies to its logits."""
     config = model.config.get_text_config()
     softcap = getattr(config, "final_logit_softcapping", None)
-    multiplier = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None)
-    divisor = getattr(config, "logits_scaling", None)
-    return softcap, multiplier or (1 / divisor if divisor else 1.0)
+    multiplier = getattr(config, "logit_scale", getattr(config, "lm_head_multiplier", None))
+    scaling = getattr(config, "logits_scaling", None)  # Granite divides by it, HyperCLOVA X multiplies
+    if multiplier is None and scaling is not None:
+        multiplier = scaling if config.model_type == "hyperclovax" else 1 / scaling
+    return softcap, 1.0 if multiplier is None else multiplier
 
 
 def chunked_logps(

@@ -173,7 +173,7 @@ def read_option(words: list[str], known: Collection[str]) -> Given:
         flag = key.removeprefix("no_")
         return Given(name, flag, False) if key not in known and flag in known else Given(name, key, True)
     value = values[0] if len(values) == 1 else values
-    place = f"{name}=..." if is_secret(key) else " ".join(words)
+    place = f"{name}=..." if is_secret(key) else " ".join(words).replace("\n", "\\n")
     return Given(place, key, value)
 
 
@@ -481,13 +481,13 @@ def init_fields(kind: type) -> list[dataclasses.Field]:
     return [field for field in dataclasses.fields(kind) if field.init]
 
 
-def old_spellings(targets: Collection[str]) -> dict[str, str | None]:
-    """Old key -> the field that it sets here, or None if it sets none any more."""
+def old_spellings(targets: Collection[str]) -> dict[str, str]:
+    """Old key -> the field that it sets here, or itself if it sets none any more."""
     successors = RENAMED | {key: present for key, (present, _) in SWITCHES.items()}
     if "packing" not in targets:
         # Only where a row is one sequence, in SFT, does the old limit mean max_length.
         del successors["max_seq_length"]
-    return {key: present for key, present in successors.items() if present in targets} | dict.fromkeys(DROPPED)
+    return {key: present for key, present in successors.items() if present in targets} | {key: key for key in DROPPED}
 
 
 def words_of(*texts: str) -> set[str]:
@@ -508,7 +508,8 @@ def blame(problem: Problem, settings: Mapping[str, Setting]) -> str:
 def objection(kind: type, error: Exception, settings: Mapping[str, Setting]) -> str:
     """An error of transformers', in one line, behind the settings that it speaks of."""
     if "bf16/gpu" in str(error):
-        key = "bf16_full_eval" if "bf16" not in settings and "bf16_full_eval" in settings else "bf16"
+        wanted = (key for key in ("bf16", "bf16_full_eval") if key in settings and settings[key].value)
+        key = next(wanted, "bf16")
         advice = f"no GPU that computes in bf16; set {key}: false, or use_cpu: true to train on the CPU"
         return blame(Problem(key, True, advice), settings)
     words = words_of(str(error).replace("_", "").lower())  # `AcceleratorConfig` is about accelerator_config
@@ -526,7 +527,7 @@ def objection(kind: type, error: Exception, settings: Mapping[str, Setting]) -> 
 
 def dump_recipe(recipe: Mapping[str, Any]) -> str:
     """YAML that parses back to the same dataclasses; credentials are left out."""
-    return yaml.dump(without_secrets(recipe), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=119)
+    return yaml.dump(without_secrets(recipe), Dumper=Dumper, sort_keys=False, width=119)
 
 
 def full_recipe(recipe: Mapping[str, Any], dataclass_types: Iterable[type]) -> str:
@@ -538,8 +539,8 @@ def full_recipe(recipe: Mapping[str, Any], dataclass_types: Iterable[type]) -> s
         # transformers still reads a few old spellings, and prefers the new ones.
         if field.name not in recipe and field.name not in RENAMED
     }
-    given = dump_recipe(recipe) if recipe else ""
-    return f"{given}# defaults\n{dump_recipe(defaults)}"
+    given = without_secrets(recipe)
+    return f"{dump_recipe(given) if given else ''}# defaults\n{dump_recipe(defaults)}"
 
 
 def without_secrets(recipe: Mapping[str, Any]) -> dict[str, Any]:

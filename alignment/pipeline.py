@@ -133,13 +133,9 @@ def set_up_logging(args: TrainingArguments) -> None:
 def check(run_: Run) -> None:
     """Raises UserError for what the recipe alone shows to be impossible here."""
     model_args, data_args, args, _ = run_
-    missing = [key for key, value in (
-        ("model_name_or_path", model_args.model_name_or_path),
-        ("dataset_mixer", data_args.dataset_mixer),
-        ("output_dir", args.output_dir),
-    ) if not value]  # fmt: skip
-    if missing:
-        raise UserError(f"the recipe names no {' and no '.join(missing)}")
+    for key, value in (("model_name_or_path", model_args.model_name_or_path), ("dataset_mixer", data_args.dataset_mixer)):
+        if not value:
+            raise UserError(f"the recipe names no {key}")
     if args.n_gpu > 1:
         raise UserError(
             f"{args.n_gpu} GPUs are visible to one process; start with `accelerate launch --config_file "

@@ -22,7 +22,11 @@ logger = logging.getLogger(__name__)
 
 def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
     """A hash of everything that decides what the tokenizer and its template produce."""
-    vocabulary = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(tokenizer.get_vocab())
+    if tokenizer.is_fast:
+        backend = json.loads(tokenizer.backend_tokenizer.to_str())
+        vocabulary = {key: value for key, value in backend.items() if key not in ("truncation", "padding")}  # state of use
+    else:
+        vocabulary = tokenizer.get_vocab()
     settings = [vocabulary, tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token]
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
 
@@ -112,9 +116,11 @@ def sequence_lengths(tokens: Dataset) -> np.ndarray:
 
 
 def response_lengths(tokens: Dataset) -> np.ndarray:
-    """(2, rows): tokens of the chosen and of the rejected responses."""
-    columns = tokens.select_columns(["chosen_length", "rejected_length"]).with_format("numpy")[:]
-    return np.stack([columns["chosen_length"], columns["rejected_length"]])
+    """(2, rows): tokens of the chosen and of the rejected responses that something predicts."""
+    keys = [f"{side}_{column}" for side in tokenization.SIDES for column in ("length", "prompt_length")]
+    columns = tokens.select_columns(keys).with_format("numpy")[:]
+    # Nothing predicts the first token of a sequence, which is a response's where the prompt is empty.
+    return np.stack([columns[f"{side}_length"] - (columns[f"{side}_prompt_length"] == 0) for side in tokenization.SIDES])
 
 
 def longest_pair(tokens: Dataset) -> int:

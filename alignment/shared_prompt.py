@@ -6,6 +6,8 @@ causal varlen kernels align them. Registered with transformers' attention interf
 layout travels as a keyword of the model's forward.
 """
 
+import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
@@ -24,8 +26,17 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_flash_attention_utils import _flash_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .errors import UserError
+
 NAME = "shared_prompt_"  # in front of the attention implementation that a model had
 KNOWN_LAYERS = {"full_attention", "sliding_attention"}
+# Architectures whose packed scores are tested against their padded ones. Others may not hand the layout on to their
+# attention, or keep a sliding window in the mask alone.
+PROVEN = {
+    "apertus", "arcee", "cohere", "cohere2", "ernie4_5", "exaone4", "gemma", "gemma2", "gemma3_text", "glm4", "gpt_neox",
+    "granite", "helium", "hunyuan_v1_dense", "llama", "ministral3", "mistral", "mixtral", "olmo", "olmo2", "olmo3", "phi",
+    "phi3", "qwen2", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "starcoder2",
+}  # fmt: skip
 
 
 class Segment(NamedTuple):
@@ -102,6 +113,7 @@ class Attend(NamedTuple):
     scaling: float
     window: int | None  # keys a query sees, itself included; None: all
     softcap: float | None
+    dropout: float
     implementation: str
 
 
@@ -117,17 +129,20 @@ def segment_mask(segment: Segment, window: int | None, device: torch.device) -> 
 
 def by_segment(query: Tensor, key: Tensor, value: Tensor, ask: Attend, attend: Callable[..., Tensor]) -> Tensor:
     """`attend(query, key, value, mask, ask)` once a segment: the reference, and the way on a CPU."""
-    outputs = []
+    outputs = []  # each (1, queries, heads, D)
     for segment in ask.layout.segments:
         own = slice(segment.start, segment.start + segment.length)
         prompt = slice(segment.prompt_start, segment.prompt_start + segment.prompt_length)
         keys, values = (torch.cat([x[:, :, prompt], x[:, :, own]], dim=2) for x in (key, value))
-        outputs.append(attend(query[:, :, own], keys, values, segment_mask(segment, ask.window, query.device), ask))
-    return torch.cat(outputs, dim=2).transpose(1, 2)
+        mask = segment_mask(segment, ask.window, query.device)
+        outputs.append(attend(query[:, :, own], keys, values, mask, ask).transpose(1, 2))
+    return torch.cat(outputs, dim=1)
 
 
 def attend_sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, ask: Attend) -> Tensor:
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=ask.scaling, enable_gqa=True)
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, dropout_p=ask.dropout, scale=ask.scaling, enable_gqa=True
+    )
 
 
 def attend_eager(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, ask: Attend) -> Tensor:
@@ -139,7 +154,7 @@ def attend_eager(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, ask: A
     scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     # A float32 softmax, as in the models' own eager attention; a float64 model keeps float64.
     weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
-    return weights @ value
+    return F.dropout(weights, p=ask.dropout) @ value
 
 
 def eager(query: Tensor, key: Tensor, value: Tensor, ask: Attend) -> Tensor:
@@ -152,6 +167,7 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor, ask: Attend) -> Tensor:
         query, key, value = (x.to(torch.get_autocast_dtype("cuda")) for x in (query, key, value))
     if not query.is_cuda or query.dtype not in (torch.bfloat16, torch.float16):
         return by_segment(query, key, value, ask, attend_sdpa)
+    refuse_dropout(ask)
     keys, values = (x[0].transpose(0, 1).index_select(0, ask.layout.key_index) for x in (key, value))
     output = varlen_attn(
         query[0].transpose(0, 1),
@@ -168,6 +184,14 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor, ask: Attend) -> Tensor:
     return output[None]
 
 
+def refuse_dropout(ask: Attend) -> None:
+    if ask.dropout:
+        raise UserError(
+            f"attention dropout is {ask.dropout}, which {ask.implementation} cannot apply to packed batches; set "
+            "disable_dropout: true, as SimPO has it, or pair_layout: padded"
+        )
+
+
 def flash(query: Tensor, key: Tensor, value: Tensor, ask: Attend) -> Tensor:
     """flash-attn 2 or 3, or a kernel of the hub, through transformers' own call."""
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
@@ -178,6 +202,7 @@ def flash(query: Tensor, key: Tensor, value: Tensor, ask: Attend) -> Tensor:
         attention_mask=None,
         query_length=query.shape[1],
         is_causal=True,
+        dropout=ask.dropout,
         softmax_scale=ask.scaling,
         sliding_window=ask.window,
         softcap=ask.softcap,
@@ -191,6 +216,7 @@ def flash(query: Tensor, key: Tensor, value: Tensor, ask: Attend) -> Tensor:
 
 
 def flex(query: Tensor, key: Tensor, value: Tensor, ask: Attend) -> Tensor:
+    refuse_dropout(ask)
     mask = ask.layout.block_masks.get(ask.window)
     if mask is None:
         mask = ask.layout.block_masks[ask.window] = block_mask(ask.layout, ask.window, query.device)
@@ -227,7 +253,7 @@ def kernel_of(implementation: str) -> Kernel | None:
 # ---- The model ----
 
 
-def attention(implementation: str, kernel: Kernel) -> Callable[..., tuple[Tensor, None]]:
+def attention(implementation: str, kernel: Kernel) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """What transformers calls: the kernel when a layout comes along, `implementation` as it was when none does."""
 
     def forward(
@@ -237,47 +263,75 @@ def attention(implementation: str, kernel: Kernel) -> Callable[..., tuple[Tensor
         value: Tensor,
         attention_mask: Tensor | None,
         scaling: float | None = None,
+        dropout: float = 0.0,
         sliding_window: int | None = None,
         softcap: float | None = None,
         shared_prompt: SharedPrompt | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        if shared_prompt is None:
-            plain = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, plain_eager(module))
-            options = {"sliding_window": sliding_window, "softcap": softcap}
-            given = {name: value for name, value in options.items() if value is not None}
-            return plain(module, query, key, value, attention_mask, scaling=scaling, **given, **kwargs)
-        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        ask = Attend(module, shared_prompt, scaling, sliding_window, softcap, implementation)
-        return kernel(query, key, value, ask), None
+        if shared_prompt is not None:
+            scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+            ask = Attend(module, shared_prompt, scaling, sliding_window, softcap, dropout, implementation)
+            return kernel(query, key, value, ask), None
+        options = {"sliding_window": sliding_window, "softcap": softcap}
+        kwargs |= {name: option for name, option in options.items() if option is not None}
+        plain = plain_attention(module, implementation)
+        return plain(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
 
     return forward
 
 
-def plain_eager(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The eager attention that a model's own file defines."""
-    import sys
+def plain_attention(module: nn.Module, implementation: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """The attention that a model had before it was prepared."""
+    if "flash" in implementation:
+        return partial(plain_flash, implementation=implementation)
+    # Every model file defines its own eager attention.
+    eager_attention = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    return ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
 
-    return sys.modules[type(module).__module__].eager_attention_forward
+
+def plain_flash(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    implementation: str,
+    scaling: float | None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' flash attention, which would take the name of its kernel from the prepared model's config."""
+    output = _flash_attention_forward(
+        *(x.transpose(1, 2) for x in (query, key, value)),
+        attention_mask,
+        query_length=query.shape[2],
+        is_causal=module.is_causal,
+        softmax_scale=scaling,
+        target_dtype=get_target_dtype(query, module),
+        attn_implementation=implementation,
+        **kwargs,
+    )
+    return output, None
 
 
 def why_not(model: PreTrainedModel) -> str | None:
     """Why this model cannot train on packed batches; None if it can."""
     config = model.config.get_text_config()
     implementation = config._attn_implementation
-    if kernel_of(implementation) is None:
-        return f"attention implementation {implementation!r} has no shared-prompt kernel"
-    if not model._supports_attention_backend:
-        return f"{type(model).__name__} does not call attention through transformers' interface"
-    if others := sorted(set(getattr(config, "layer_types", None) or ()) - KNOWN_LAYERS):
-        return f"layers of type {', '.join(others)}"
+    if implementation.startswith(NAME):
+        return None
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv1d) or hasattr(module, "A_log"):
             return f"{name} ({type(module).__name__}) mixes tokens outside attention"
         if hasattr(module, "sinks"):
             return f"{name} ({type(module).__name__}) has attention sinks"
-    if getattr(config, "attn_logit_softcapping", None) and implementation == "sdpa":
-        return "sdpa attention has no soft-capping; set attn_implementation: eager"
+    if others := sorted(set(getattr(config, "layer_types", None) or ()) - KNOWN_LAYERS):
+        return f"it has layers of type {', '.join(others)}"
+    if kernel_of(implementation) is None:
+        return f"its attention, {implementation!r}, has no shared-prompt kernel"
+    if config.model_type not in PROVEN:
+        return f"{type(model).__name__} is not among the architectures that packed batches are proven for"
     return None
 
 
@@ -286,7 +340,11 @@ def use_shared_prompts(model: PreTrainedModel) -> None:
     if (reason := why_not(model)) is not None:
         raise ValueError(reason)
     implementation = model.config.get_text_config()._attn_implementation
-    name = NAME + implementation
+    if implementation.startswith(NAME):
+        return
+    # transformers would look up a name with "flash" or "/" in it among its own kernels.
+    name = NAME + re.sub(r"\W", "_", implementation).replace("flash", "fa")
+    mask = ALL_MASK_ATTENTION_FUNCTIONS["flash_attention_2" if "flash" in implementation else implementation]
     AttentionInterface.register(name, attention(implementation, kernel_of(implementation)))
-    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[implementation])
+    AttentionMaskInterface.register(name, mask)
     model.set_attn_implementation(name)

@@ -69,7 +69,7 @@ def open_source(name: str, config: str | None) -> Source:
         raise UserError(f"{name}: is local and has no config {config!r}; give it null in dataset_configs")
     if path.is_dir():
         return open_folder(name, path)
-    files = sorted(Path(file) for file in glob.glob(str(path), recursive=True)) if is_glob else [path]
+    files = sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor)))) if is_glob else [path]
     if not files:
         raise UserError(f"{name}: matches no file, seen from {Path.cwd()}")
     return Source(name, split_files(name, files, file_purpose), has_split_names=False)

@@ -1,4 +1,4 @@
-"""Train a language model on conversations, the stage before SimPO: `accelerate launch ... scripts/run_sft.py RECIPE.yaml [--key=value]`."""
+"""Tune a language model on conversations, the stage before SimPO: `accelerate launch ... scripts/run_sft.py RECIPE.yaml`."""
 
 from trl import SFTTrainer
 

@@ -1,4 +1,4 @@
-"""Train a language model on preference pairs with SimPO: `accelerate launch ... scripts/run_simpo.py RECIPE.yaml [--key=value]`."""
+"""Train a language model on preference pairs with SimPO: `accelerate launch ... scripts/run_simpo.py RECIPE.yaml`."""
 
 from alignment.pipeline import PAIRS, Method, main
 from scripts.simpo_config import SimPOConfig

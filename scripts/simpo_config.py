@@ -1,6 +1,7 @@
 """SimPOConfig: everything that a SimPO recipe says about training."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -8,6 +9,24 @@ from transformers import TrainingArguments
 
 from alignment.configs import RunArguments, choice_problem, positive_problem
 from alignment.errors import Problem
+
+CHOICES = {
+    "loss_type": ("sigmoid", "hinge"),
+    "truncation_mode": ("keep_end", "keep_start"),
+    "pair_layout": ("auto", "packed", "padded"),
+}
+RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "label_smoothing": (lambda value: 0 <= value < 0.5, "must be at least 0 and below 0.5"),
+    "beta": (lambda value: value != math.inf, "must be finite"),
+    "sft_weight": (lambda value: 0 <= value < math.inf, "must be finite and not negative"),
+    "gamma_beta_ratio": (lambda value: 0 <= value < math.inf, "must be finite and not negative"),
+    "label_pad_token_id": (lambda value: value == -100, "must be -100, the label that torch ignores"),
+    **dict.fromkeys(
+        ("max_completion_length", "max_target_length", "is_encoder_decoder", "generate_during_eval"),
+        (lambda value: not value, "is not supported; remove it"),
+    ),
+    **dict.fromkeys(("remove_unused_columns", "logging_nan_inf_filter"), (lambda value: not value, "must be false")),
+}
 
 
 @dataclass
@@ -71,27 +90,13 @@ class SimPOConfig(RunArguments, TrainingArguments):
     )
 
     def problems(self) -> list[Problem]:
-        problems = super().problems()
-        problems += positive_problem(self, "beta", "max_length", "max_prompt_length", "dataset_num_proc", "max_tokens_per_micro_batch")
-        problems += choice_problem(self, "loss_type", ("sigmoid", "hinge"))
-        problems += choice_problem(self, "truncation_mode", ("keep_end", "keep_start"))
-        problems += choice_problem(self, "pair_layout", ("auto", "packed", "padded"))
-        if not 0 <= self.label_smoothing < 0.5:
-            problems.append(Problem("label_smoothing", self.label_smoothing, "must be at least 0 and below 0.5"))
-        for key in ("sft_weight", "gamma_beta_ratio"):
-            if not getattr(self, key) >= 0:
-                problems.append(Problem(key, getattr(self, key), "must not be negative"))
-        for key in ("beta", "sft_weight", "gamma_beta_ratio"):
-            if getattr(self, key) == math.inf:
-                problems.append(Problem(key, math.inf, "must be finite"))
-        if self.label_pad_token_id != -100:
-            problems.append(Problem("label_pad_token_id", self.label_pad_token_id, "must be -100, torch's ignored label"))
-        for key in ("max_completion_length", "max_target_length", "is_encoder_decoder", "generate_during_eval"):
-            if getattr(self, key):
-                problems.append(Problem(key, getattr(self, key), "is not supported; remove it"))
-        for key in ("remove_unused_columns", "logging_nan_inf_filter"):
-            if getattr(self, key):
-                problems.append(Problem(key, True, "must be false"))
+        counts = ("max_length", "max_prompt_length", "dataset_num_proc", "max_tokens_per_micro_batch")
+        problems = super().problems() + positive_problem(self, "beta", *counts)
+        for key, choices in CHOICES.items():
+            problems += choice_problem(self, key, choices)
+        for key, (allowed, advice) in RANGES.items():
+            if not allowed(getattr(self, key)):
+                problems.append(Problem(key, getattr(self, key), advice))
         if self.prompt_limit >= self.length_limit > 0:
             advice = f"leaves no room for a response in max_length = {self.length_limit}"
             problems.append(Problem("max_prompt_length", self.prompt_limit, advice))

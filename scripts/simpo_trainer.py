@@ -22,7 +22,7 @@ from alignment.errors import TrainingStopped, UserError
 from alignment.head import add_lm_head
 from alignment.losses import response_sums, simpo_loss
 from alignment.metrics import RunningMeans
-from alignment.models import add_adapter, disable_dropout, load_policy
+from alignment.models import add_adapter, disable_dropout, load_policy, parameter_dtype
 from alignment.prepare import longest_pair, to_tokens
 from alignment.shared_prompt import use_shared_prompts, why_not
 from alignment.throughput import Throughput
@@ -100,7 +100,7 @@ class SimPOTrainer(Trainer):
             tokenized(data, processing_class, rules, args.dataset_num_proc) for data in (train_dataset, eval_dataset)
         )
         if isinstance(model, str):
-            model = load_policy(model, **(args.model_init_kwargs or {}))
+            model = load_policy(model, **{"dtype": parameter_dtype(None), **(args.model_init_kwargs or {})})
         policy = model.get_base_model() if isinstance(model, PeftModel) else model
         add_lm_head(policy, args.device.type)
         if peft_config is not None:
@@ -183,7 +183,8 @@ class SimPOTrainer(Trainer):
         # Gradients are averaged over processes, each of which has divided by the pairs of all.
         share = 0.0 if repeated else self.accelerator.num_processes / step.pairs
         loss = losses.sum() * share
-        sums = {name: (values.sum(), len(values)) for name, values in pair_metrics(scores, chosen_rewards, rejected_rewards).items()}
+        metrics = pair_metrics(scores, chosen_rewards, rejected_rewards)
+        sums = {name: (values.sum(), len(values)) for name, values in metrics.items()}
         if self.args.sft_weight > 0:
             nats, weight = self.sft_terms(scores, inputs["sft_scale"])
             total_weight = step.chosen_tokens if self.args.preprocessing == "exact" else step.pairs

@@ -1,4 +1,4 @@
-"""Tiny models, tokenizers and preference pairs, made from nothing and equal for equal seeds; for tests and benchmarks."""
+"""Tiny models, tokenizers and preference pairs, made from nothing, equal for equal seeds; for tests and benchmarks."""
 
 import functools
 import random
@@ -15,6 +15,7 @@ from transformers import (
     HyperCLOVAXConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     PhiConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -27,12 +28,13 @@ from alignment.chat import TEXT_COLUMNS, Turns, pair_texts, shipped_template
 VOCABULARY = 512
 BOS, EOS, PAD = "<|begin_of_text|>", "<|eot_id|>", "<|pad|>"
 SPECIAL_TOKENS = [BOS, EOS, PAD, "<|start_header_id|>", "<|end_header_id|>"]
-WORDS = (
-    "the a of and to in is that it for on with as was at by from this be are or an not have they which one you were all "
-    "her his she there would their we him been has when who will more no if out so said what up its about into than them "
-    "can only other new some could time these two may then do first any my now such like our over man me even most made "
-    "river mountain lanterns weather, number: theorem kettle quickly Answer: because however, between 1984 42 3.14"
-).split()
+TEXT = """
+the a of and to in is that it for on with as was at by from this be are or an not have they which one you were all her
+his she there would their we him been has when who will more no if out so said what up its about into than them can only
+other new some could time these two may then do first any my now such like our over man me even most made river mountain
+lanterns weather, number: theorem kettle quickly Answer: because however, between 1984 42 3.14
+"""
+WORDS = TEXT.split()
 
 # Shared by every kind. Wide random weights, so that log-probabilities differ and soft-capping has something to cap.
 SIZES = {
@@ -57,6 +59,10 @@ KINDS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "phi": (PhiConfig, {}),  # a head with a bias
     "granite": (GraniteConfig, {"logits_scaling": 4.0}),  # divides its logits
     "cohere": (CohereConfig, {"logit_scale": 0.25}),  # multiplies them
+    "mixtral": (
+        MixtralConfig,
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "output_router_logits": True, "router_aux_loss_coef": 0.1},
+    ),
     "hyperclovax": (HyperCLOVAXConfig, {"logits_scaling": 4.0}),  # multiplies them too, by Granite's key
 }
 
@@ -102,7 +108,7 @@ def bpe_tokenizer(*, bos: bool = True) -> PreTrainedTokenizerFast:
 
 
 def pairs(count: int, seed: int = 0) -> list[dict[str, Turns]]:
-    """Rows of `chosen` and `rejected` conversations with a common beginning, as data sets have them; 3 to 80 words a turn."""
+    """Rows of `chosen` and `rejected` conversations that begin alike, as data sets have them; 3 to 80 words a turn."""
     rng = random.Random(seed)
 
     def turn(role: str) -> dict[str, str]:
@@ -119,9 +125,7 @@ def pairs(count: int, seed: int = 0) -> list[dict[str, Turns]]:
 
 def split_pairs(rows: list[dict[str, Turns]]) -> list[dict[str, Turns]]:
     """`pairs` as the chat template takes them: `prompt`, and the last turn of each side."""
-    return [
-        {"prompt": row["chosen"][:-1], "chosen": row["chosen"][-1:], "rejected": row["rejected"][-1:]} for row in rows
-    ]
+    return [{"prompt": row["chosen"][:-1], "chosen": row["chosen"][-1:], "rejected": row["rejected"][-1:]} for row in rows]
 
 
 def text_rows(count: int, seed: int = 0, *, preprocessing: str = "published") -> list[dict[str, str]]:
@@ -133,7 +137,7 @@ def text_rows(count: int, seed: int = 0, *, preprocessing: str = "published") ->
 
 
 def token_rows(lengths: list[tuple[int, int, int]], seed: int = 0) -> list[dict[str, Any]]:
-    """Tokenized pairs of random ids. lengths: tokens of the prompt, the chosen and the rejected response of each pair."""
+    """Tokenized pairs of random ids. lengths: tokens of each pair's prompt, chosen and rejected response."""
     rng = random.Random(seed)
 
     def ids(count: int) -> list[int]:

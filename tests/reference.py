@@ -94,8 +94,6 @@ def simpo_step_loss(
     """The loss of one optimizer step over `rows` as one micro-batch: a scalar with its graph."""
     chosen, rejected = mean_logps(model, rows)
     logits = beta * (chosen - rejected - gamma_beta_ratio)
-    loss = (
-        -(1 - label_smoothing) * F.logsigmoid(logits) - label_smoothing * F.logsigmoid(-logits)
-    ).mean()
+    loss = (-(1 - label_smoothing) * F.logsigmoid(logits) - label_smoothing * F.logsigmoid(-logits)).mean()
     tokens = torch.tensor([len(row["chosen_input_ids"]) - row["chosen_prompt_length"] for row in rows])
     return loss - sft_weight * (chosen * tokens).sum() / tokens.sum()

@@ -26,7 +26,9 @@ ROW = {
 
 # Writes a system block above every conversation that has none.
 QWEN_LIKE = """\
-{%- if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}{% endif %}
+{%- if messages[0]['role'] != 'system' %}
+{{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}
+{%- endif %}
 {%- for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
 # Writes one with a date above every conversation, and puts the conversation's own into it.
@@ -41,7 +43,9 @@ LLAMA_31_LIKE = """\
 {%- if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"""
 STRICT = """\
 {%- for m in messages %}
-{%- if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('Conversation roles must alternate') }}{% endif %}
+{%- if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}
+{{- raise_exception('Conversation roles must alternate') }}
+{%- endif %}
 {{- '[' + m['role'] + '] ' + m['content'] }}
 {%- endfor %}"""
 
@@ -116,7 +120,9 @@ def test_no_system_turn_is_added_to_one_or_against_the_recipe(prompt, add_system
 
 
 def test_published_text_of_the_mistral_format_has_no_bos_and_a_space_around_the_response():
-    text = published_pair_text({**ROW, "prompt": [SYSTEM, QUESTION]}, with_template(shipped_template("mistral")), add_system=True)
+    text = published_pair_text(
+        {**ROW, "prompt": [SYSTEM, QUESTION]}, with_template(shipped_template("mistral")), add_system=True
+    )
     assert text["prompt"] == "[INST] Be brief.\n\nWhy? [/INST]"
     assert text["chosen"] == " Because. <|eot_id|>"
 

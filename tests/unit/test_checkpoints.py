@@ -1,5 +1,6 @@
 """Which checkpoint a run goes on from."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -9,7 +10,13 @@ import yaml
 from alignment.checkpoints import RECIPE_FILE, checkpoint_to_resume
 from alignment.errors import UserError
 
-RECIPE = {"learning_rate": 1e-6, "beta": 2.0, "logging_steps": 5, "output_dir": "a", "dataset_mixer": {"me/pairs": 1.0}}
+RECIPE = {
+    "learning_rate": 1e-6,
+    "beta": 2.0,
+    "logging_steps": 5,
+    "output_dir": "a",
+    "dataset_mixer": {"me/pairs": 1.0},
+}
 # What the Trainer writes into a checkpoint of one process, without which it cannot go on as if nothing had happened.
 FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
 
@@ -18,7 +25,7 @@ def add_checkpoint(run: Path, step: int) -> Path:
     folder = run / f"checkpoint-{step}"
     folder.mkdir()
     for name in FILES:
-        (folder / name).write_text('{"global_step": %d}' % step if name.endswith("json") else "weights")
+        (folder / name).write_text(json.dumps({"global_step": step}) if name.endswith("json") else "weights")
     return folder
 
 

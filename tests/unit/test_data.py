@@ -167,8 +167,8 @@ def test_a_glob_sends_each_file_where_its_name_says():
 def test_the_files_of_a_glob_are_read_in_the_order_of_their_names(monkeypatch):
     for name in "abc":
         write(f"source/{name}.jsonl", pairs(1, name))
-    in_any_order = [f"source/{name}.jsonl" for name in "cab"]
-    monkeypatch.setattr(sources.glob, "glob", lambda pattern, recursive: in_any_order)
+    in_any_order = [Path(f"source/{name}.jsonl") for name in "cab"]
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: in_any_order)
     mixed, _ = read({"source/*.jsonl": 2})
     assert sorted(questions(mixed["train"])) == ["a0", "b0"]
 
@@ -210,7 +210,7 @@ def test_a_path_may_start_with_a_tilde(monkeypatch, own_folder):
 def test_a_local_source_is_never_asked_of_the_hub(make, monkeypatch):
     make()
     asked = []
-    load_dataset = data.load_dataset
+    load_dataset = sources.load_dataset
     monkeypatch.setattr(sources, "load_dataset", lambda path, *rest, **kw: asked.append(path) or load_dataset(path, **kw))
     read({"source": 1.0}, do_eval=True)
     assert set(asked) <= {"json"}

@@ -113,9 +113,7 @@ def test_scores_and_gradients_are_those_of_trls_head(kind):
     scored = scored_batch()["shift_labels"] != -100
     torch.testing.assert_close(logps[scored], trl_logps[scored], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(means[scored], trl_means[scored], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(
-        gradients(ours, logps), gradients(theirs, trl_logps.where(scored, 0)), rtol=1e-4, atol=1e-4
-    )
+    torch.testing.assert_close(gradients(ours, logps), gradients(theirs, trl_logps.where(scored, 0)), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2"])
@@ -133,6 +131,24 @@ def test_an_adapted_model_scores_as_its_own_logits_do(kind, lora):
     add_lm_head(model, "cpu")
     adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, **lora))
     assert_same_scores_and_gradients(adapted, scored_batch(), rtol=0, atol=1e-9)
+
+
+def test_a_mixture_of_experts_scores_as_its_logits_do():
+    model = tiny_model("mixtral")  # float32: its experts know no float64
+    add_lm_head(model, "cpu")
+    assert_same_scores_and_gradients(model, scored_batch(), rtol=0, atol=2e-5)
+
+
+def test_the_load_balancing_loss_of_a_mixture_of_experts_is_the_models_own():
+    model = tiny_model("mixtral")
+    batch = {**scored_batch(), "attention_mask": torch.ones(2, 12, dtype=torch.long)}
+    batch["attention_mask"][1, 7:] = 0
+    expected = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).aux_loss
+    add_lm_head(model, "cpu")
+    found = model(**batch, fused_lm_head=True).aux_loss
+    torch.testing.assert_close(found, expected)
+    assert found.requires_grad
+    assert model(**batch).aux_loss is not None
 
 
 def test_gradient_checkpointing_changes_nothing():

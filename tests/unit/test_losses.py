@@ -31,7 +31,7 @@ def test_the_hinge_is_zero_once_the_margin_is_one():
 
 
 def test_label_smoothing_mixes_in_the_loss_of_the_swapped_label():
-    """Pair 2 above with a tenth of the labels wrong: 0.9 * log(1 + 1/e) + 0.1 * log(1 + e) = 0.9 * 0.313262 + 0.1 * 1.313262."""
+    """Pair 2 above, a tenth of the labels wrong: 0.9 * log(1 + 1/e) + 0.1 * log(1 + e) = 0.9 * 0.313262 + 0.1 * 1.313262."""
     assert loss([-1.0], [-2.0], label_smoothing=0.1) == pytest.approx([0.413262], abs=1e-6)
 
 

@@ -34,7 +34,8 @@ def training_args(tmp_path, **settings) -> SimPOConfig:
 
 
 @pytest.mark.parametrize(
-    ("torch_dtype", "loaded"), [(None, torch.float32), ("auto", torch.bfloat16), ("bfloat16", torch.bfloat16), ("float32", torch.float32)]
+    ("torch_dtype", "loaded"),
+    [(None, torch.float32), ("auto", torch.bfloat16), ("bfloat16", torch.bfloat16), ("float32", torch.float32)],
 )
 def test_a_bf16_checkpoint_is_loaded_in_float32_unless_the_recipe_says_otherwise(torch_dtype, loaded, tmp_path):
     tiny_model(dtype=torch.bfloat16).save_pretrained(tmp_path)
@@ -84,7 +85,11 @@ def with_lora(model: PreTrainedModel) -> nn.Module:
 
 
 DROPOUTS = {
-    "a number that attention reads": (lambda: tiny_model(attention_dropout=0.5), 2, "self_attn.attention_dropout = 0.5"),
+    "a number that attention reads": (
+        lambda: tiny_model(attention_dropout=0.5),
+        2,
+        "self_attn.attention_dropout = 0.5",
+    ),
     "modules and *_pdrop": (
         lambda: tiny_model("gpt2", resid_pdrop=0.5, embd_pdrop=0.4, attn_pdrop=0.3),
         7,
@@ -130,7 +135,9 @@ def test_the_config_says_that_dropout_is_off():
 
 
 def test_the_recipes_lora_settings_are_the_adapters():
-    config = lora_config(ModelArguments(use_peft=True, lora_r=4, lora_alpha=8, lora_dropout=0.1, lora_target_modules=["q_proj"]))
+    config = lora_config(
+        ModelArguments(use_peft=True, lora_r=4, lora_alpha=8, lora_dropout=0.1, lora_target_modules=["q_proj"])
+    )
     assert (config.r, config.lora_alpha, config.lora_dropout, config.target_modules) == (4, 8, 0.1, {"q_proj"})
     assert config.task_type == "CAUSAL_LM"
 

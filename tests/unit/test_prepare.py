@@ -6,7 +6,15 @@ from datasets import Dataset
 from alignment import chat, prepare, tokenization
 from alignment.chat import TEXT_COLUMNS, shipped_template
 from alignment.errors import UserError
-from alignment.prepare import describe_published, describe_tokens, to_message_texts, to_pair_texts, to_sequences, to_tokens, worker_count
+from alignment.prepare import (
+    describe_published,
+    describe_tokens,
+    to_message_texts,
+    to_pair_texts,
+    to_sequences,
+    to_tokens,
+    worker_count,
+)
 from alignment.tokenization import LengthRules
 from tests.builders import bpe_tokenizer, pairs, split_pairs, text_rows, token_rows
 
@@ -60,7 +68,8 @@ def test_a_second_run_tokenizes_nothing(calls):
 def test_a_second_run_renders_nothing(calls):
     conversations = Dataset.from_list(split_pairs(pairs(6)))
     first, second = (
-        to_pair_texts(conversations, bpe_tokenizer(), preprocessing="exact", add_system=False, num_proc=None)[:] for _ in range(2)
+        to_pair_texts(conversations, bpe_tokenizer(), preprocessing="exact", add_system=False, num_proc=None)[:]
+        for _ in range(2)
     )
     assert calls == ["render"] * 18
     assert first == second
@@ -117,7 +126,8 @@ def test_two_processes_give_the_rows_of_one(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("num_proc", "rows", "workers"), [(None, 10**6, None), (1, 10**6, None), (4, 1999, None), (4, 2500, 2), (4, 10**6, 4)]
+    ("num_proc", "rows", "workers"),
+    [(None, 10**6, None), (1, 10**6, None), (4, 1999, None), (4, 2500, 2), (4, 10**6, 4)],
 )
 def test_a_second_process_is_started_for_a_thousand_rows_each(num_proc, rows, workers):
     assert worker_count(num_proc, rows) == workers
@@ -160,7 +170,7 @@ def test_conversations_become_sequences_with_a_bos():
 
 
 def test_the_description_gives_lengths_cuts_and_the_longer_side():
-    """Prompts 2, 4, 6; chosen 10, 20, 60; rejected 11, 12, 13. 95 % of three values lie below 0.9 of the way from 2nd to 3rd."""
+    """Chosen 10, 20, 60: the 95th percentile of three values lies 0.9 of the way from the second to the third."""
     rows = token_rows([(2, 10, 11), (4, 20, 12), (6, 60, 13)])
     rows[2]["truncated"] = True
     assert describe_tokens(Dataset.from_list(rows), dropped=1200, rules=RULES) == (
@@ -178,10 +188,10 @@ def test_published_mode_says_how_many_rows_each_of_its_oddities_touches():
     rendered = to_pair_texts(conversations, tokenizer, preprocessing="published", add_system=True, num_proc=None)
     cut = to_tokens(rendered, tokenizer, RULES._replace(max_length=60, max_prompt_length=30), num_proc=None)
     truncated = sum(cut["truncated"])
-    assert 0 < truncated
+    assert truncated > 0
     assert describe_published(rendered, cut, tokenizer) == (
-        "published rules: assistant header scored with the response in 6 rows, empty system turn added in 6 rows, eos added "
-        f"behind the template's own end in 6 rows, cut to fixed parts of max_length in {truncated} rows "
+        "published rules: assistant header scored with the response in 6 rows, empty system turn added in 6 rows, "
+        f"eos added behind the template's own end in 6 rows, cut to fixed parts of max_length in {truncated} rows "
         "(preprocessing: exact does none of this)"
     )
 

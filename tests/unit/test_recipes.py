@@ -45,15 +45,11 @@ PUBLISHED = {
         "mistralai/Mistral-7B-Instruct-v0.2", "princeton-nlp/mistral-instruct-ultrafeedback", WHOLE, 2.5, 0.1, 5e-7
     ),
     "llama-3-8b-base-simpo": Published("princeton-nlp/Llama-3-Base-8B-SFT", ULTRAFEEDBACK, PREFS, 2.0, 0.5, 6e-7),
-    "llama-3-8b-instruct-simpo": Published(
-        LLAMA_INSTRUCT, "princeton-nlp/llama3-ultrafeedback", WHOLE, 2.5, 0.55, 1e-6
-    ),
+    "llama-3-8b-instruct-simpo": Published(LLAMA_INSTRUCT, "princeton-nlp/llama3-ultrafeedback", WHOLE, 2.5, 0.55, 1e-6),
     "llama-3-8b-instruct-simpo-v2": Published(
         LLAMA_INSTRUCT, "princeton-nlp/llama3-ultrafeedback-armorm", WHOLE, 10, 0.3, 1e-6
     ),
-    "gemma-2-9b-it-simpo": Published(
-        "google/gemma-2-9b-it", "princeton-nlp/gemma2-ultrafeedback-armorm", WHOLE, 10, 0.5, 8e-7
-    ),
+    "gemma-2-9b-it-simpo": Published("google/gemma-2-9b-it", "princeton-nlp/gemma2-ultrafeedback-armorm", WHOLE, 10, 0.5, 8e-7),
 }
 # What the published SimPO runs share, in the published keys.
 SHARED = {
@@ -96,9 +92,7 @@ def read(name: str) -> dict[str, Any]:
 def launch_command(name: str) -> list[str]:
     """The words of the recipe's first line: [...] --config_file LAUNCHER SCRIPT RECIPE."""
     first_line = recipe_text(name).splitlines()[0]
-    assert "accelerate launch --config_file " in first_line, (
-        "the first line is not the command that launches the recipe"
-    )
+    assert "accelerate launch --config_file " in first_line, "the first line is not the command that launches the recipe"
     return first_line.removeprefix("# ").split()
 
 

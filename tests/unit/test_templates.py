@@ -51,14 +51,10 @@ RESPONSE_TEXT = {
 every_template = pytest.mark.parametrize("name", sorted(DIALOGUE_TEXT))
 
 
-def render(
-    template: str, turns: list[dict[str, str]], *, generation_prompt: bool = False, bos: str | None = "<bos>"
-) -> str:
+def render(template: str, turns: list[dict[str, str]], *, generation_prompt: bool = False, bos: str | None = "<bos>") -> str:
     backend = Tokenizer(WordLevel({"<unk>": 0}, unk_token="<unk>"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=bos, eos_token="<eos>")
-    return tokenizer.apply_chat_template(
-        turns, chat_template=template, tokenize=False, add_generation_prompt=generation_prompt
-    )
+    return tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False, add_generation_prompt=generation_prompt)
 
 
 def test_every_shipped_template_has_its_expected_text_here():

@@ -17,7 +17,7 @@ from tests.builders import BOS, EOS, WORDS, bpe_tokenizer, text_rows
 TOKENIZERS = {bos: bpe_tokenizer(bos=bos) for bos in (True, False)}
 BOS_ID, EOS_ID = TOKENIZERS[True].convert_tokens_to_ids([BOS, EOS])
 
-# Words cut anywhere, so that the end of one text and the beginning of the next merge into one token; and odd characters.
+# Words cut anywhere, so that the end of one text and the beginning of the next merge into a token; and odd characters.
 FRAGMENTS = st.sampled_from([*WORDS, *(word[:2] for word in WORDS), *(word[-2:] for word in WORDS), " ", "\n", "  ", EOS])
 TEXTS = st.lists(st.one_of(FRAGMENTS, st.text(max_size=3)), max_size=14).map("".join)
 ROWS = st.lists(st.fixed_dictionaries({"prompt": TEXTS, "chosen": TEXTS, "rejected": TEXTS}), min_size=1, max_size=4)
@@ -81,63 +81,73 @@ def test_chat_rows_give_the_published_tokens_and_labels(bos, mode, max_length, m
     same_as_the_reference(text_rows(24), TOKENIZERS[bos], rules("published", max_length, max_prompt_length, mode))
 
 
+# One letter is one token: B bos, E eos, a.. the prompt, s.. chosen, R rejected.
+
+
+def ids(letters: str) -> list[int]:
+    return [{"B": BOS_ID, "E": EOS_ID}.get(letter, ord(letter)) for letter in letters]
+
+
+def cut(prompt: str, chosen: str, rejected: str, rules: LengthRules) -> list[tuple[list[int], list[int]]]:
+    """Prompt and response of each side, after the cut."""
+    row = tokenize_pair(ids(prompt), ids(prompt + chosen), ids(prompt + rejected), TOKENIZERS[True], rules)
+    return [prompt_and_response(row, side) for side in SIDES]
+
+
 @pytest.mark.parametrize(
-    ("mode", "prompt", "responses", "expected"),
+    ("mode", "given", "expected"),
     [
-        ("keep_end", [11, 12], ([21], [31, 32]), ([BOS_ID, 11, 12], [21, EOS_ID], [31, 32, EOS_ID])),
-        # 1 + 4 + 5 = 10 fits exactly.
-        ("keep_end", [11, 12, 13, 14], ([21, 22, 23, 24], [31]), ([BOS_ID, 11, 12, 13, 14], [21, 22, 23, 24, EOS_ID], [31, EOS_ID])),
+        ("keep_end", ("ab", "s", "RR"), ("Bab", "sE", "RRE")),
+        # 5 + 5 = 10 fits exactly.
+        ("keep_end", ("abcd", "stuv", "R"), ("Babcd", "stuvE", "RE")),
         # One more: the prompt falls to 4 tokens and its bos is lost; then 4 + 6 = 10 fits.
-        ("keep_end", [11, 12, 13, 14], ([21, 22, 23, 24, 25], [31]), ([11, 12, 13, 14], [21, 22, 23, 24, 25, EOS_ID], [31, EOS_ID])),
-        ("keep_start", [11, 12, 13, 14], ([21, 22, 23, 24, 25], [31]), ([BOS_ID, 11, 12, 13], [21, 22, 23, 24, 25, EOS_ID], [31, EOS_ID])),
+        ("keep_end", ("abcd", "stuvw", "R"), ("abcd", "stuvwE", "RE")),
+        ("keep_start", ("abcd", "stuvw", "R"), ("Babc", "stuvwE", "RE")),
         # 4 + 7 > 10: every response of the pair keeps its first 10 - 4 tokens, and the longer one loses its eos.
-        ("keep_end", [11, 12, 13, 14], ([21, 22, 23, 24, 25, 26], [31]), ([11, 12, 13, 14], [21, 22, 23, 24, 25, 26], [31, EOS_ID])),
+        ("keep_end", ("abcd", "stuvwx", "R"), ("abcd", "stuvwx", "RE")),
         # A short prompt frees nothing: 3 + 8 > 10 cuts the response to 6 all the same.
-        ("keep_end", [11, 12], ([21, 22, 23, 24, 25, 26, 27], [31]), ([BOS_ID, 11, 12], [21, 22, 23, 24, 25, 26], [31, EOS_ID])),
+        ("keep_end", ("ab", "stuvwxy", "R"), ("Bab", "stuvwx", "RE")),
         # bos and eos that are there already are not doubled.
-        ("keep_end", [BOS_ID, 11], ([21, EOS_ID], [31]), ([BOS_ID, 11], [21, EOS_ID], [31, EOS_ID])),
+        ("keep_end", ("Ba", "sE", "R"), ("Ba", "sE", "RE")),
     ],
-)  # fmt: skip
-def test_the_published_cut_of_10_tokens_with_4_for_the_prompt(mode, prompt, responses, expected):
-    row = tokenize_pair(prompt, *(prompt + response for response in responses), TOKENIZERS[True], rules("published", mode=mode))
-    kept, chosen, rejected = expected
-    assert [prompt_and_response(row, side) for side in SIDES] == [(kept, chosen), (kept, rejected)]
+)
+def test_the_published_cut_of_10_tokens_with_4_for_the_prompt(mode, given, expected):
+    prompt, chosen, rejected = map(ids, expected)
+    assert cut(*given, rules("published", mode=mode)) == [(prompt, chosen), (prompt, rejected)]
 
 
 # ---- exact: what those rules meant ----
 
 
 @pytest.mark.parametrize(
-    ("mode", "prompt", "responses", "expected"),
+    ("mode", "given", "expected"),
     [
-        ("keep_end", [11, 12], ([21], [31, 32]), ([BOS_ID, 11, 12], [21], [31, 32])),
+        ("keep_end", ("ab", "s", "RR"), ("Bab", "s", "RR")),
         # 5 + 6 = 11: one token of the prompt goes, not its bos.
-        ("keep_end", [11, 12, 13, 14], ([21, 22, 23, 24, 25, 26], [31]), ([BOS_ID, 12, 13, 14], [21, 22, 23, 24, 25, 26], [31])),
-        ("keep_start", [11, 12, 13, 14], ([21, 22, 23, 24, 25, 26], [31]), ([BOS_ID, 11, 12, 13], [21, 22, 23, 24, 25, 26], [31])),
-        # 5 + 7 = 12: the prompt keeps the 4 tokens it is promised, the response the 6 that are left.
-        ("keep_end", [11, 12, 13, 14], ([21, 22, 23, 24, 25, 26, 27], [31]), ([BOS_ID, 12, 13, 14], [21, 22, 23, 24, 25, 26], [31])),
+        ("keep_end", ("abcd", "stuvwx", "R"), ("Bbcd", "stuvwx", "R")),
+        ("keep_start", ("abcd", "stuvwx", "R"), ("Babc", "stuvwx", "R")),
+        # 5 + 7 = 12: the prompt keeps the 4 tokens that it is promised, the response the 6 that are left.
+        ("keep_end", ("abcd", "stuvwxy", "R"), ("Bbcd", "stuvwx", "R")),
         # A prompt shorter than that leaves the response more.
-        ("keep_end", [11], ([21, 22, 23, 24, 25, 26, 27, 28, 29], [31]), ([BOS_ID, 11], [21, 22, 23, 24, 25, 26, 27, 28], [31])),
+        ("keep_end", ("a", "stuvwxyz0", "R"), ("Ba", "stuvwxyz", "R")),
         # A long prompt may fill what short responses leave: 10 - 2 = 8.
-        ("keep_end", [*range(11, 21)], ([21, 22], [31]), ([BOS_ID, *range(14, 21)], [21, 22], [31])),
+        ("keep_end", ("abcdefghij", "st", "R"), ("Bdefghij", "st", "R")),
     ],
-)  # fmt: skip
-def test_the_exact_cut_of_10_tokens_with_4_for_the_prompt(mode, prompt, responses, expected):
-    row = tokenize_pair(prompt, *(prompt + response for response in responses), TOKENIZERS[True], rules("exact", mode=mode))
-    kept, chosen, rejected = expected
-    assert [prompt_and_response(row, side) for side in SIDES] == [(kept, chosen), (kept, rejected)]
+)
+def test_the_exact_cut_of_10_tokens_with_4_for_the_prompt(mode, given, expected):
+    prompt, chosen, rejected = map(ids, expected)
+    assert cut(*given, rules("exact", mode=mode)) == [(prompt, chosen), (prompt, rejected)]
 
 
 def test_a_prompt_limit_of_one_keeps_only_the_bos_in_exact_mode():
-    row = tokenize_pair([11, 12], [11, 12, 21, 22, 23], [11, 12, 31], TOKENIZERS[True], rules("exact", 3, 1))
-    assert prompt_and_response(row, "chosen") == ([BOS_ID], [21, 22])
+    assert cut("ab", "stu", "R", rules("exact", 3, 1)) == [(ids("B"), ids("st")), (ids("B"), ids("R"))]
 
 
 @pytest.mark.parametrize("bos", [True, False])
 @settings(max_examples=150)
 @given(rows=ROWS, rules=length_rules("exact"))
 def test_any_text_obeys_the_exact_rules(bos, rows, rules):
-    """Never too long; cut no more than needed; a bos in front and nowhere added else; every response token the text's own."""
+    """Never too long; cut no more than needed; a bos in front, nothing else added; every response token the text's own."""
     tokenizer = TOKENIZERS[bos]
     try:
         tokens = tokens_of(rows, tokenizer, rules)
@@ -234,7 +244,7 @@ def test_a_batch_has_the_ids_of_its_texts_one_by_one(texts):
 
 
 def test_a_tokenizer_saved_with_truncation_and_padding_still_gives_every_token(tmp_path):
-    """Calls with truncation and padding leave their settings in tokenizer.json, where many published models have them."""
+    """Calls with truncation and padding leave their settings in tokenizer.json; many published models have them there."""
     used = bpe_tokenizer()
     used(["what is it?", "no"], truncation=True, max_length=3, padding=True)
     used.save_pretrained(tmp_path)

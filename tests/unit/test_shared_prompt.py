@@ -1,0 +1,532 @@
+"""Attention of the packed batch against plain attention over the whole row, and models that it must leave alone."""
+
+import pickle
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import transformers.modeling_flash_attention_utils as flash_utils
+from accelerate.utils import send_to_device
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn.attention import flex_attention
+from torch.utils.data import DataLoader
+from transformers import (
+    AutoModelForCausalLM,
+    BambaConfig,
+    BloomConfig,
+    DogeConfig,
+    FalconConfig,
+    GptOssConfig,
+    Llama4TextConfig,
+    MambaConfig,
+    NemotronConfig,
+    PhimoeConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2MoeConfig,
+    Qwen3NextConfig,
+)
+from transformers.integrations import flex_attention as transformers_flex
+
+from alignment import shared_prompt
+from alignment.collate import PackedCollator, PaddedCollator
+from alignment.errors import UserError
+from alignment.shared_prompt import (
+    Attend,
+    SharedPrompt,
+    block_mask,
+    eager,
+    flash,
+    flex,
+    sdpa,
+    segment_mask,
+    shared_prompt_layout,
+    use_shared_prompts,
+    why_not,
+)
+from tests.builders import SIZES, VOCABULARY, tiny_model, token_rows
+
+Lengths = list[tuple[int, int, int]]
+LENGTHS = [(2, 3, 1), (0, 2, 2), (6, 4, 7)]
+WINDOWS = [None, 1, 3, 100]
+some_lengths = st.lists(st.tuples(st.integers(0, 9), st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=4)
+few = settings(max_examples=10)
+
+
+def dense_mask(lengths: Lengths, window: int | None) -> Tensor:
+    """(T, T) bool, said token by token: a query sees the prompt of its pair and its own branch, up to itself."""
+    tokens = [
+        (pair, branch, position)
+        for pair, (prompt, *branches) in enumerate(lengths)
+        for branch, first, length in ((None, 0, prompt), *((i, prompt, length) for i, length in enumerate(branches)))
+        for position in range(first, first + length)
+    ]
+
+    def sees(query: tuple, key: tuple) -> bool:
+        (pair, branch, position), (key_pair, key_branch, key_position) = query, key
+        distance = position - key_position
+        near = distance >= 0 and (window is None or distance < window)
+        return near and pair == key_pair and key_branch in (None, branch)
+
+    return torch.tensor([[sees(query, key) for key in tokens] for query in tokens])
+
+
+# ---- The layout ----
+
+
+def test_the_layout_of_two_pairs_written_out():
+    layout = shared_prompt_layout([(2, 3, 1), (0, 2, 2)])
+    #                          start, length, prompt_start, prompt_length
+    assert layout.segments == ((0, 2, 0, 0), (2, 3, 0, 2), (5, 1, 0, 2), (6, 2, 6, 0), (8, 2, 6, 0))
+    assert layout.key_index.tolist() == [0, 1, *(0, 1, 2, 3, 4), *(0, 1, 5), *(6, 7), *(8, 9)]
+    assert layout.cu_queries.tolist() == [0, 2, 5, 6, 8, 10]
+    assert layout.cu_keys.tolist() == [0, 2, 7, 10, 12, 14]
+    assert (layout.max_queries, layout.max_keys) == (3, 5)
+    assert {layout.key_index.dtype, layout.cu_queries.dtype, layout.cu_keys.dtype} == {torch.int32}  # varlen kernels insist
+
+
+def test_the_mask_of_a_branch_written_out():
+    branch = shared_prompt_layout([(2, 3, 1)]).segments[1]
+    assert segment_mask(branch, None, torch.device("cpu")).int().tolist() == [
+        [1, 1, 1, 0, 0],
+        [1, 1, 1, 1, 0],
+        [1, 1, 1, 1, 1],
+    ]
+    assert segment_mask(branch, 2, torch.device("cpu")).int().tolist() == [
+        [0, 1, 1, 0, 0],
+        [0, 0, 1, 1, 0],
+        [0, 0, 0, 1, 1],
+    ]
+
+
+@few
+@given(lengths=some_lengths, window=st.sampled_from(WINDOWS))
+def test_a_token_sees_its_prompt_and_its_own_branch_up_to_itself_within_the_window(lengths, window):
+    layout = shared_prompt_layout(lengths)
+    tokens = sum(map(sum, lengths))
+    seen = torch.zeros(tokens, tokens, dtype=torch.bool)
+    for segment, (first, end) in zip(layout.segments, pairwise(layout.cu_keys.tolist()), strict=True):
+        keys = layout.key_index[first:end].long()
+        seen[segment.start : segment.start + segment.length, keys] = segment_mask(segment, window, seen.device)
+    assert torch.equal(seen, dense_mask(lengths, window))
+
+
+@few
+@given(lengths=some_lengths, window=st.sampled_from(WINDOWS))
+def test_the_block_mask_is_the_union_of_the_segments_masks(lengths, window):
+    tokens = sum(map(sum, lengths))
+    mask = block_mask(shared_prompt_layout(lengths), window, torch.device("cpu"))
+    seen = flex_attention.create_mask(mask.mask_mod, None, None, tokens, tokens, device="cpu")
+    assert torch.equal(seen[0, 0], dense_mask(lengths, window))
+
+
+@pytest.mark.parametrize("window", [None, 40])
+def test_blocks_of_the_block_mask_are_empty_where_nobody_reads(window):
+    lengths, block = [(150, 100, 60), (10, 200, 40)], 128
+    mask = block_mask(shared_prompt_layout(lengths), window, torch.device("cpu"))
+    dense = nn.functional.pad(dense_mask(lengths, window), (0, -560 % block, 0, -560 % block))
+    blocks = dense.unflatten(0, (-1, block)).unflatten(-1, (-1, block)).any(-1).any(1)
+    assert torch.equal(mask.to_dense()[0, 0].bool(), blocks)
+    assert not blocks.all()
+
+
+# ---- The layout travels ----
+
+
+def same(a: SharedPrompt, b: SharedPrompt) -> bool:
+    tensors = all(torch.equal(getattr(a, name), getattr(b, name)) for name in ("key_index", "cu_queries", "cu_keys"))
+    return tensors and (a.segments, a.max_queries, a.max_keys) == (b.segments, b.max_queries, b.max_keys)
+
+
+def test_a_layout_is_pickled_whole():
+    layout = shared_prompt_layout(LENGTHS)
+    assert same(pickle.loads(pickle.dumps(layout)), layout)
+
+
+def test_workers_of_a_data_loader_hand_over_the_batches_that_this_process_makes():
+    rows = token_rows([(5, 3, 9), (2, 12, 4), (1, 1, 1), (9, 6, 6)])
+    made_here, made_there = (
+        list(DataLoader(rows, batch_size=2, collate_fn=PackedCollator(), num_workers=workers)) for workers in (0, 2)
+    )
+    assert len(made_there) == 2
+    for here, there in zip(made_here, made_there, strict=True):
+        assert same(here.pop("shared_prompt"), there.pop("shared_prompt"))
+        tensors = {key: value for key, value in here.items() if isinstance(value, Tensor)}
+        torch.testing.assert_close({key: there[key] for key in tensors}, tensors, rtol=0, atol=0)
+
+
+def test_accelerate_moves_the_layout_with_its_batch():
+    batch = PackedCollator()(token_rows([(5, 3, 9)]))
+    batch["shared_prompt"].block_masks[None] = block_mask(batch["shared_prompt"], None, torch.device("cpu"))
+    moved = send_to_device(batch, torch.device("meta"), non_blocking=True)["shared_prompt"]
+    assert {moved.key_index.device.type, moved.cu_queries.device.type, moved.cu_keys.device.type} == {"meta"}
+    assert (moved.segments, moved.max_keys) == (batch["shared_prompt"].segments, batch["shared_prompt"].max_keys)
+    assert moved.block_masks == {}  # they hold tensors of the other device
+
+
+# ---- Kernels, against one softmax over the whole row ----
+
+
+class Heads(NamedTuple):
+    """(1, 4 heads, T, 8), (1, 2 heads, T, 8), (1, 2 heads, T, 8)"""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+
+
+def random_heads(tokens: int, dtype: torch.dtype = torch.float64) -> Heads:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((1, heads, tokens, 8) for heads in (4, 2, 2))
+    return Heads(*(torch.randn(s, generator=generator, dtype=dtype).requires_grad_() for s in shapes))
+
+
+def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, softcap: float | None) -> Tensor:
+    """(heads, Q, D), (key heads, K, D), (key heads, K, D), (Q, K) bool -> (Q, heads, D), float64 inside."""
+    groups = len(query) // len(key)
+    q, k, v = (x.double() for x in (query, key.repeat_interleave(groups, 0), value.repeat_interleave(groups, 0)))
+    scores = q @ k.mT * scaling
+    scores = scores if softcap is None else softcap * (scores / softcap).tanh()
+    return (scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v).transpose(0, 1).to(query.dtype)
+
+
+def varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_queries: Tensor,
+    cu_keys: Tensor,
+    left: int,
+    scaling: float,
+    softcap: float | None,
+) -> Tensor:
+    """What a causal varlen kernel computes, (T, heads, D): segment by segment, the last query on the last key."""
+    outputs = []
+    for (q, q_end), (k, k_end) in zip(pairwise(cu_queries.tolist()), pairwise(cu_keys.tolist()), strict=True):
+        last = (k_end - k) - (q_end - q) + torch.arange(q_end - q)[:, None]  # the last key of each query
+        behind = last - torch.arange(k_end - k)
+        mask = (behind >= 0) & ((behind <= left) | (left < 0))
+        heads = (query[q:q_end], key[k:k_end], value[k:k_end])
+        outputs.append(masked_attention(*(x.transpose(0, 1) for x in heads), mask, scaling, softcap))
+    return torch.cat(outputs)
+
+
+@pytest.fixture
+def flash_attn(monkeypatch) -> list[str]:
+    """transformers finds a flash-attn of ours, under its own names only. Yields the names that were loaded."""
+    loaded = []
+
+    def flash_attn_varlen_func(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None,
+        causal=False, window_size=(-1, -1), softcap=0.0, deterministic=False,
+    ):  # fmt: skip
+        assert causal
+        assert not dropout_p
+        assert max_seqlen_q == cu_seqlens_q.diff().max()
+        assert max_seqlen_k == cu_seqlens_k.diff().max()
+        return varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, window_size[0], softmax_scale, softcap or None)
+
+    def flash_attn_func(
+        q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, deterministic=False
+    ):  # fmt: skip
+        lengths = [torch.arange(len(x) + 1) * x.shape[1] for x in (q, k)]
+        output = varlen(*(x.flatten(0, 1) for x in (q, k, v)), *lengths, window_size[0], softmax_scale, softcap or None)
+        return output.view_as(q)
+
+    def load(implementation: str, *args: Any, **kwargs: Any) -> tuple[Callable | None, ...]:
+        if implementation not in ("flash_attention_2", "flash_attention_3", "kernels-community/flash-attn2"):
+            raise ImportError(f"no flash attention is called {implementation}")
+        loaded.append(implementation)
+        pads = (flash_utils._pad_input, flash_utils._unpad_input)
+        return (flash_attn_func, flash_attn_varlen_func, None, *pads)
+
+    monkeypatch.setattr(flash_utils, "_lazy_imports", load)
+    monkeypatch.setattr(flash_utils, "_loaded_implementation", None)
+    monkeypatch.setattr(PreTrainedModel, "_flash_attn_can_dispatch", lambda *args, **kwargs: True)
+    monkeypatch.setattr("transformers.modeling_utils.lazy_import_flash_attention", flash_utils.lazy_import_flash_attention)
+    return loaded
+
+
+@pytest.fixture
+def flex_on_cpu(monkeypatch):
+    """flex_attention as it is written, not compiled: compiled it has no backward on a CPU."""
+
+    def plain_flex(query: Tensor, key: Tensor, value: Tensor, training: bool, **options: Any) -> Tensor:
+        return flex_attention.flex_attention(query, key, value, **options)
+
+    monkeypatch.setattr(transformers_flex, "compile_friendly_flex_attention", plain_flex)
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda *heads: None)
+
+
+def ask_of(layout: SharedPrompt, window: int | None = None, softcap: float | None = None, implementation: str = "") -> Attend:
+    return Attend(nn.Linear(1, 1), layout, 0.3, window, softcap, implementation)
+
+
+def assert_attends_as_the_whole_row(kernel: Callable, window: int | None, softcap: float | None, **names: str) -> None:
+    heads = random_heads(sum(map(sum, LENGTHS)))
+    expected = masked_attention(*(x[0] for x in heads), dense_mask(LENGTHS, window), 0.3, softcap)[None]
+    output = kernel(*heads, ask_of(shared_prompt_layout(LENGTHS), window, softcap, **names))
+    weights = torch.linspace(-1, 1, expected.numel(), dtype=torch.float64).view_as(expected)
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        torch.autograd.grad((output * weights).sum(), heads),
+        torch.autograd.grad((expected * weights).sum(), heads),
+        rtol=0,
+        atol=1e-12,
+    )
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_sdpa_on_a_cpu_attends_as_one_softmax_over_the_row(window):
+    assert_attends_as_the_whole_row(sdpa, window, None)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("window", WINDOWS)
+def test_eager_attends_as_one_softmax_over_the_row(window, softcap):
+    assert_attends_as_the_whole_row(eager, window, softcap)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("window", [None, 3])
+def test_flex_attends_as_one_softmax_over_the_row(window, softcap, flex_on_cpu):
+    assert_attends_as_the_whole_row(flex, window, softcap)
+
+
+@pytest.mark.parametrize("implementation", ["flash_attention_2", "flash_attention_3", "kernels-community/flash-attn2"])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("window", WINDOWS)
+def test_flash_attends_as_one_softmax_over_the_row(window, softcap, implementation, flash_attn):
+    assert_attends_as_the_whole_row(flash, window, softcap, implementation=implementation)
+    assert flash_attn == [implementation]
+
+
+class SaysCuda(Tensor):
+    """A tensor of this CPU that takes the way of a GPU."""
+
+    is_cuda = property(lambda self: True)
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sdpa_on_a_gpu_hands_varlen_attention_the_gathered_keys(window, dtype, monkeypatch):
+    layout, calls = shared_prompt_layout(LENGTHS), []
+
+    def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa) -> Tensor:
+        calls.append((max_q, max_k, window_size[1], enable_gqa))
+        return varlen(query, key, value, cu_seq_q, cu_seq_k, window_size[0], scale, softcap=None)
+
+    monkeypatch.setattr(shared_prompt, "varlen_attn", varlen_attn)
+    heads = [x.detach() for x in random_heads(sum(map(sum, LENGTHS)), dtype)]
+    output = sdpa(*(x.as_subclass(SaysCuda) for x in heads), ask_of(layout, window)).as_subclass(Tensor)
+    expected = masked_attention(*(x[0] for x in heads), dense_mask(LENGTHS, window), 0.3, None)[None]
+    torch.testing.assert_close(output, expected, rtol=0, atol=0)
+    assert calls == [(layout.max_queries, layout.max_keys, 0, True)]
+
+
+@pytest.fixture
+def cuda_autocast():
+    """What `torch.autocast("cuda", torch.bfloat16)` sets where there is a GPU."""
+    torch.set_autocast_dtype("cuda", torch.bfloat16)
+    torch.set_autocast_enabled("cuda", True)
+    yield
+    torch.set_autocast_enabled("cuda", False)
+    torch.set_autocast_dtype("cuda", torch.float16)
+
+
+def test_sdpa_on_a_gpu_computes_in_the_dtype_of_its_autocast(cuda_autocast, monkeypatch):
+    dtypes = []
+
+    def varlen_attn(query, key, value, *args, **kwargs) -> Tensor:
+        dtypes.extend(x.dtype for x in (query, key, value))
+        return query
+
+    monkeypatch.setattr(shared_prompt, "varlen_attn", varlen_attn)
+    heads = [x.detach().as_subclass(SaysCuda) for x in random_heads(sum(map(sum, LENGTHS)), torch.float32)]
+    sdpa(*heads, ask_of(shared_prompt_layout(LENGTHS)))
+    assert dtypes == [torch.bfloat16] * 3
+
+
+@pytest.mark.parametrize("kernel", [sdpa, eager])
+def test_an_attention_output_is_contiguous_because_models_view_it(kernel):
+    output = kernel(*random_heads(sum(map(sum, LENGTHS))), ask_of(shared_prompt_layout(LENGTHS)))
+    assert output.is_contiguous()
+
+
+# ---- A prepared model that is given no layout ----
+
+
+def padded(lengths: list[int], side: str) -> dict[str, Tensor]:
+    """Random ids, padded on one side."""
+    generator = torch.Generator().manual_seed(2)
+    ids = torch.randint(VOCABULARY, (len(lengths), max(lengths)), generator=generator)
+    mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+    return {"input_ids": ids, "attention_mask": mask if side == "right" else mask.flip(1)}
+
+
+def outputs_without_a_layout(model: PreTrainedModel) -> dict[str, Tensor]:
+    model.eval()
+    prompts = padded([3, 12, 7], "left")
+    new = model.generate(**prompts, max_new_tokens=12, do_sample=False, pad_token_id=0, output_logits=True,
+                         return_dict_in_generate=True)  # fmt: skip
+    whole = model(input_ids=prompts["input_ids"])
+    return {
+        "padded on the right": model(**padded([20, 4, 11], "right")).logits,
+        "no padding": whole.logits,
+        "generated": new.sequences,
+        "generated logits": torch.stack(new.logits),
+    }
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "gpt2", "gemma2"])
+def test_generation_and_padded_forwards_of_a_prepared_model_are_unchanged(kind, attention):
+    if kind == "gemma2" and attention == "sdpa":
+        pytest.skip("Gemma-2 soft-caps its attention, which sdpa cannot")
+    model = tiny_model(kind, attn_implementation=attention)
+    before = outputs_without_a_layout(model)
+    use_shared_prompts(model)
+    torch.testing.assert_close(outputs_without_a_layout(model), before, rtol=0, atol=0)
+
+
+def flash_model(kind: str, implementation: str, **settings: Any) -> PreTrainedModel:
+    model = tiny_model(kind, dtype=torch.float64, **settings)
+    model.config._attn_implementation = implementation
+    return model
+
+
+@pytest.mark.parametrize("implementation", ["flash_attention_2", "flash_attention_3", "kernels-community/flash-attn2"])
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2"])
+def test_a_model_with_flash_attention_is_prepared_and_scores_packed_rows(kind, implementation, flash_attn):
+    rows = token_rows([(5, 3, 9), (2, 12, 4), (20, 6, 6)])
+    expected = scores(tiny_model(kind, dtype=torch.float64, attn_implementation="eager"), PaddedCollator(0)(rows))
+    model = flash_model(kind, implementation)
+    use_shared_prompts(model)
+    # Eager attention takes its softmax in float32.
+    torch.testing.assert_close(scores(model, PackedCollator()(rows)), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2"])
+def test_padded_forwards_of_a_prepared_model_with_flash_attention_are_unchanged(kind, flash_attn):
+    model = flash_model(kind, "flash_attention_2")
+    before = outputs_without_a_layout(model)
+    use_shared_prompts(model)
+    torch.testing.assert_close(outputs_without_a_layout(model), before, rtol=0, atol=0)
+
+
+def test_a_model_may_be_prepared_twice():
+    model = tiny_model()
+    expected = outputs_without_a_layout(model)
+    for _ in range(2):
+        use_shared_prompts(model)
+    batch = PackedCollator()(token_rows([(5, 3, 9)]))
+    torch.testing.assert_close(outputs_without_a_layout(model), expected, rtol=0, atol=0)
+    assert torch.isfinite(scores(model, batch)).all()
+
+
+# ---- Models that cannot ----
+
+
+def scores(model: PreTrainedModel, batch: dict[str, Any]) -> Tensor:
+    """(2B,) summed log-probabilities, from all logits."""
+    inputs = {key: value for key, value in batch.items() if key not in ("is_response", "index", "shift_labels")}
+    logps = model(**inputs, use_cache=False).logits.log_softmax(-1)
+    token_logps = logps.gather(-1, batch["shift_labels"].clamp(min=0)[..., None]).squeeze(-1)
+    return token_logps.where(batch["is_response"], 0).sum(-1)
+
+
+def random_model(config_type: type[PreTrainedConfig], **own: Any) -> PreTrainedModel:
+    fields = {key: value for key, value in SIZES.items() if key not in own}
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config_type(**fields, **own))
+
+
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
+MAMBA2 = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_expand": 2, "mamba_n_groups": 1, "mamba_d_state": 8}
+LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+
+
+@pytest.mark.parametrize(
+    ("config_type", "own", "culprit"),
+    [
+        (MambaConfig, {}, "mixer (MambaMixer)"),
+        (BambaConfig, {**MAMBA2, "attn_layer_indices": [1]}, "mamba (BambaMixer)"),
+        (
+            Qwen3NextConfig,
+            {**EXPERTS, **LINEAR, "head_dim": 8, "layer_types": ["linear_attention", "full_attention"]},
+            "linear_attn (Qwen3NextGatedDeltaNet)",
+        ),
+        (GptOssConfig, {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}, "self_attn (GptOssAttention)"),
+        (FalconConfig, {"alibi": True}, "FalconForCausalLM"),
+        (BloomConfig, {"n_head": 4}, "BloomForCausalLM"),
+        (Llama4TextConfig, {"num_local_experts": 2, "intermediate_size_mlp": 64, "head_dim": 8}, "chunked_attention"),
+    ],
+    ids=lambda value: value.__name__ if isinstance(value, type) else "",
+)
+def test_a_model_that_cannot_share_prompts_is_refused_with_the_reason(config_type, own, culprit):
+    model = random_model(config_type, **own)
+    assert culprit in why_not(model)
+    with pytest.raises(ValueError) as refused:
+        use_shared_prompts(model)
+    assert str(refused.value) == why_not(model)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2", "qwen2", "gpt2", "phi", "granite", "cohere"])
+def test_a_model_that_can_share_prompts_is_not_refused(kind):
+    assert why_not(tiny_model(kind)) is None
+
+
+def test_soft_capping_is_refused_with_sdpa_and_says_what_to_set():
+    model = tiny_model("gemma2")
+    model.config._attn_implementation = "sdpa"
+    assert "attn_implementation: eager" in why_not(model)
+
+
+def test_an_attention_that_is_not_known_is_refused_by_its_name():
+    model = tiny_model()
+    model.config._attn_implementation = "paged|eager"
+    assert "'paged|eager'" in why_not(model)
+
+
+SLIDING = {"use_sliding_window": True, "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
+
+
+@pytest.mark.parametrize(
+    ("config_type", "own"),
+    [
+        # Its decoder layers hand no keywords on: the layout never reaches the attention.
+        (NemotronConfig, {}),
+        # Their windows are in the mask alone: the attention is not told of them.
+        (PhimoeConfig, {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 4}),
+        (Qwen2MoeConfig, {**EXPERTS, **SLIDING}),
+        # It computes a mask of its own in every layer.
+        (DogeConfig, {}),
+    ],
+    ids=lambda value: value.__name__ if isinstance(value, type) else "",
+)
+def test_no_model_is_scored_wrongly_in_silence(config_type, own):
+    model = random_model(config_type, **own).eval()
+    rows = token_rows([(5, 3, 9), (2, 12, 4)])
+    expected = scores(model, PaddedCollator(0)(rows))
+    try:
+        use_shared_prompts(model)
+        found = scores(model, PackedCollator()(rows))
+    except (ValueError, UserError):
+        return
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
+
+
+def test_attention_dropout_is_applied_or_refused_but_never_forgotten():
+    model = tiny_model(attention_dropout=0.5).train()
+    batch = PackedCollator()(token_rows([(5, 3, 9)]))
+    try:
+        use_shared_prompts(model)
+        first, second = (scores(model, batch) for _ in range(2))
+    except (ValueError, UserError) as refused:
+        assert "dropout" in str(refused)
+    else:
+        assert not torch.equal(first, second)
