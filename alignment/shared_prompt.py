@@ -34,7 +34,7 @@ KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 # attention, or keep a sliding window in the mask alone.
 PROVEN = {
     "apertus", "arcee", "cohere", "cohere2", "ernie4_5", "exaone4", "gemma", "gemma2", "gemma3_text", "glm4", "gpt_neox",
-    "granite", "helium", "hunyuan_v1_dense", "llama", "ministral3", "mistral", "mixtral", "olmo", "olmo2", "olmo3", "phi",
+    "gpt2", "granite", "helium", "hunyuan_v1_dense", "llama", "ministral3", "mistral", "mixtral", "olmo", "olmo2", "olmo3", "phi",
     "phi3", "qwen2", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "starcoder2",
 }  # fmt: skip
 
@@ -113,8 +113,8 @@ class Attend(NamedTuple):
     scaling: float
     window: int | None  # keys a query sees, itself included; None: all
     softcap: float | None
-    dropout: float
     implementation: str
+    dropout: float = 0.0
 
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Attend], Tensor]
@@ -271,7 +271,7 @@ def attention(implementation: str, kernel: Kernel) -> Callable[..., tuple[Tensor
     ) -> tuple[Tensor, Tensor | None]:
         if shared_prompt is not None:
             scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-            ask = Attend(module, shared_prompt, scaling, sliding_window, softcap, dropout, implementation)
+            ask = Attend(module, shared_prompt, scaling, sliding_window, softcap, implementation, dropout)
             return kernel(query, key, value, ask), None
         options = {"sliding_window": sliding_window, "softcap": softcap}
         kwargs |= {name: option for name, option in options.items() if option is not None}

@@ -54,6 +54,25 @@ def test_a_checkpoint_that_lacks_a_file_is_skipped(run, name):
     assert checkpoint_to_resume(run, None, RECIPE) == run / "checkpoint-9"
 
 
+@pytest.mark.parametrize(
+    "layout",
+    [
+        ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"),
+        ("model.safetensors.index.json", "optimizer.pt", "scheduler.pt", "rng_state_0.pth"),
+        ("pytorch_model_fsdp_0", "optimizer_0", "scheduler.pt", "rng_state_0.pth"),
+        ("model.safetensors", "optimizer.bin", "scheduler.pt", "rng_state_0.pth"),
+        ("latest", "global_step30", "rng_state_0.pth"),
+    ],
+    ids=["LoRA", "shards", "FSDP sharded", "FSDP full", "DeepSpeed"],
+)
+def test_a_checkpoint_of_every_strategy_is_whole(run, layout):
+    folder = run / "checkpoint-30"
+    for name in layout:
+        (folder / name).mkdir(parents=True)
+    (folder / "trainer_state.json").write_text("{}")
+    assert checkpoint_to_resume(run, None, RECIPE) == folder
+
+
 def test_a_checkpoint_whose_last_file_is_cut_short_is_skipped(run):
     (run / "checkpoint-20" / "trainer_state.json").write_text('{"global_st')
     assert checkpoint_to_resume(run, None, RECIPE) == run / "checkpoint-9"

@@ -65,6 +65,14 @@ def test_a_second_run_tokenizes_nothing(calls):
     assert calls.count("encode_texts") == 1
 
 
+def test_a_tokenizer_that_has_padded_something_finds_what_it_made_before(calls):
+    tokens()
+    used = bpe_tokenizer()
+    used(["what is it?", "no"], truncation=True, max_length=3, padding=True)
+    tokens(tokenizer=used)
+    assert calls.count("encode_texts") == 1
+
+
 def test_a_second_run_renders_nothing(calls):
     conversations = Dataset.from_list(split_pairs(pairs(6)))
     first, second = (

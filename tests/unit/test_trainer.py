@@ -257,9 +257,9 @@ def test_columns_it_cannot_use_are_refused_by_name(build):
 
 
 def test_a_token_budget_below_the_longest_pair_is_refused_with_its_length(build):
-    """The pair of 4 + (20, 2) tokens: 3 shared, 20 and 2 in the branches."""
-    with pytest.raises(UserError, match=r"max_tokens_per_micro_batch = 24: the longest pair has 25 tokens"):
-        build(max_tokens_per_micro_batch=24)
+    """The pair of 4 + (20, 2) tokens."""
+    with pytest.raises(UserError, match=r"max_tokens_per_micro_batch = 25: the longest pair has 26 tokens"):
+        build(max_tokens_per_micro_batch=25)
 
 
 def test_a_token_budget_is_refused_where_batches_are_padded(build):
@@ -482,43 +482,52 @@ def test_checkpoints_hold_safetensors_and_the_optimizers_state_and_no_secret(bui
     run = tmp_path / "run"
     for folder in (run, run / "checkpoint-1"):
         assert (folder / "model.safetensors").exists()
+        assert (folder / "model.safetensors").stat().st_mode & 0o044 == 0o044  # others may read it
     assert pickles(run) == {"optimizer.pt", "scheduler.pt", "rng_state.pth"}
     assert files_with_the_secret(run) == []
 
 
 class FakeHub:
-    """Stands for the Hub: remembers which files of a pushed folder held the secret, and every pickle in it."""
+    """Stands for the Hub: remembers the tokens it was shown, which pushed files held the secret, and every pickle."""
 
     def __init__(self):
-        self.pushes, self.leaks, self.pickles = 0, [], set()
+        self.pushes, self.tokens, self.leaks, self.pickles = 0, set(), [], set()
 
-    def create_repo(self, name: str, **_: Any) -> Any:
+    def create_repo(self, name: str, *, token: str | None, **_: Any) -> Any:
+        self.tokens.add(token)
         return type("RepoUrl", (), {"repo_id": name})()
 
-    def upload_folder(self, *, folder_path: str, **_: Any) -> Any:
+    def upload_folder(self, *, folder_path: str, token: str | None, **_: Any) -> Any:
         self.pushes += 1
+        self.tokens.add(token)
         pushed = [path for path in Path(folder_path).iterdir() if path.is_file()]
         self.leaks += [path.name for path in pushed if SECRET.encode() in path.read_bytes()]
         self.pickles |= {path.name for path in pushed if path.suffix == ".bin"}
         return type("Future", (), {"is_done": lambda self: True, "result": lambda self: None, "done": lambda self: True})()
 
 
-@pytest.mark.parametrize("strategy", ["end", "every_save"])
-def test_nothing_that_is_pushed_holds_the_token(build, monkeypatch, strategy):
+@pytest.fixture(params=["end", "every_save"])
+def hub(request, build, monkeypatch) -> FakeHub:
+    """After a run that pushed to it, by the strategy."""
     hub = FakeHub()
     monkeypatch.setattr("transformers.trainer.hf_api", lambda: hub)
-    trainer = build(
-        save_strategy="steps",
-        save_steps=1,
-        push_to_hub=True,
-        hub_strategy=strategy,
-        hub_token=SECRET,
-        hub_model_id="me/policy",
-    )
+    settings = {"push_to_hub": True, "hub_strategy": request.param, "hub_token": SECRET, "hub_model_id": "me/policy"}
+    trainer = build(save_strategy="steps", save_steps=1, **settings)
     trainer.train()
     trainer.push_to_hub()
     assert hub.pushes > 0
+    return hub
+
+
+def test_nothing_that_is_pushed_holds_the_token(hub):
     assert hub.leaks == []
+
+
+def test_every_push_shows_the_token_of_the_recipe(hub):
+    assert hub.tokens == {SECRET}
+
+
+def test_no_pickle_is_pushed(hub):
     assert hub.pickles == set()
 
 
