@@ -33,7 +33,7 @@ def checkpoint_to_resume(output_dir: Path, choice: str | None, recipe: dict[str,
         return Path(choice)
     checkpoint = newest_checkpoint(output_dir)
     if checkpoint is not None:
-        refuse_other_recipe(output_dir / RECIPE_FILE, checkpoint, recipe)
+        refuse_other_recipe(checkpoint, recipe)
     return checkpoint
 
 
@@ -62,10 +62,11 @@ def is_whole(path: Path) -> bool:
     return all(any(any(path.glob(pattern)) for pattern in patterns) for patterns in PARTS)
 
 
-def refuse_other_recipe(recorded: Path, checkpoint: Path, recipe: dict[str, Any]) -> None:
+def refuse_other_recipe(checkpoint: Path, recipe: dict[str, Any]) -> None:
+    recorded = checkpoint / RECIPE_FILE
     if not recorded.is_file():
         raise UserError(
-            f"{checkpoint} was not made by this suite ({recorded.name} is missing beside it); choose another --output_dir, "
+            f"{checkpoint} was not made by this suite (it holds no {RECIPE_FILE}); choose another --output_dir, "
             f"or take it on trust with --resume_from_checkpoint={checkpoint}"
         )
     before = yaml.safe_load(recorded.read_text(encoding="utf-8"))

@@ -33,9 +33,7 @@ class ModelArguments:
     model_code_revision: str | None = field(
         default=None, metadata={"help": "Revision of the model's own code, with trust_remote_code."}
     )
-    tokenizer_name_or_path: str | None = field(
-        default=None, metadata={"help": "Tokenizer, where it is not the model's own."}
-    )
+    tokenizer_name_or_path: str | None = field(default=None, metadata={"help": "Tokenizer, where it is not the model's own."})
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Run Python code that comes with the model. Off unless you have read that code."}
     )

@@ -119,13 +119,9 @@ def find_splits(data_args: DataArguments, do_eval: bool) -> tuple[list[Split], l
     if errors:
         raise UserError("\n".join(errors))
     if not any(split.purpose == TRAIN for split in splits):
-        raise UserError(
-            f"no training rows in {', '.join(mixer)}: name a training split in dataset_splits or a training file"
-        )
+        raise UserError(f"no training rows in {', '.join(mixer)}: name a training split in dataset_splits or a training file")
     if do_eval and not has_evaluation:
-        raise UserError(
-            f"no evaluation rows in {', '.join(mixer)}: name an evaluation split or file, or --do_eval=false"
-        )
+        raise UserError(f"no evaluation rows in {', '.join(mixer)}: name an evaluation split or file, or --do_eval=false")
     return splits, [f"{source.name} has no split {name!r}" for source, name in absent]
 
 
@@ -176,9 +172,7 @@ def share_size(split: Split, available: int) -> int:
         raise UserError(f"{split.rows.place}: {split.share:,} rows asked for, {available:,} available")
     size = split.share if isinstance(split.share, int) else int(split.share * available)
     if size == 0:
-        raise UserError(
-            f"{split.rows.place}: a share of {split.share} is none of its {available:,} rows; ask for more"
-        )
+        raise UserError(f"{split.rows.place}: a share of {split.share} is none of its {available:,} rows; ask for more")
     return size
 
 
@@ -204,9 +198,7 @@ class Part(NamedTuple):
         return self.rows.select([index for index in range(len(self.rows)) if index not in malformed])
 
 
-def check_rows(
-    place: str, rows: Dataset, numbers: Sequence[int], columns: tuple[str, ...], num_proc: int | None
-) -> Part:
+def check_rows(place: str, rows: Dataset, numbers: Sequence[int], columns: tuple[str, ...], num_proc: int | None) -> Part:
     """Rows in their canonical columns, prompt, chosen and rejected or messages, and all that is wrong with them."""
     absent = [column for column in columns if column not in rows.column_names]
     if absent:

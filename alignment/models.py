@@ -101,9 +101,7 @@ def check_model_path(model_args: ModelArguments) -> None:
     """Raises UserError if there is no model configuration at the path: a small file, read before any data is."""
     path = model_args.model_name_or_path
     try:
-        AutoConfig.from_pretrained(
-            path, revision=model_args.model_revision, trust_remote_code=model_args.trust_remote_code
-        )
+        AutoConfig.from_pretrained(path, revision=model_args.model_revision, trust_remote_code=model_args.trust_remote_code)
     except (OSError, ValueError) as error:
         raise UserError(unloadable("configuration", path, error)) from error
 

@@ -17,6 +17,7 @@ import transformers
 import yaml
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.utils import global_then_local_main_first
 
 from . import chat, prepare
@@ -97,9 +98,7 @@ def run(method: Method, argv: Sequence[str] | None = None) -> Trainer:
         logger.info(notice)
     run_ = Run(model_args, data_args, training_args, full_recipe(parser.recipe, parser.dataclass_types))
     check(run_)
-    checkpoint = checkpoint_to_resume(
-        run_.output_dir, training_args.resume_from_checkpoint, yaml.safe_load(run_.recipe)
-    )
+    checkpoint = checkpoint_to_resume(run_.output_dir, training_args.resume_from_checkpoint, yaml.safe_load(run_.recipe))
     set_seed(training_args.seed)
     tokenizer = ready_tokenizer(run_)
     splits = tokenized_splits(method.data, tokenizer, run_)
@@ -184,9 +183,7 @@ def tokenized_splits(kind: DataKind, tokenizer: PreTrainedTokenizerBase, run_: R
     return splits
 
 
-def tokenize_pair_rows(
-    name: str, rows: Dataset, tokenizer: PreTrainedTokenizerBase, run_: Run
-) -> tuple[Dataset, list[str]]:
+def tokenize_pair_rows(name: str, rows: Dataset, tokenizer: PreTrainedTokenizerBase, run_: Run) -> tuple[Dataset, list[str]]:
     args = run_.training_args
     if args.preprocessing == "published":
         chat.check_published_template(tokenizer)
@@ -233,9 +230,7 @@ CONVERSATIONS = DataKind(columns=("messages",), tokenize=tokenize_conversation_r
 # ---- Training ----
 
 
-def build_trainer(
-    method: Method, run_: Run, tokenizer: PreTrainedTokenizerBase, splits: dict[str, Dataset]
-) -> Trainer:
+def build_trainer(method: Method, run_: Run, tokenizer: PreTrainedTokenizerBase, splits: dict[str, Dataset]) -> Trainer:
     args = run_.training_args
     # A recipe's own model_init_kwargs have the last word.
     args.model_init_kwargs = {**model_init_kwargs(run_.model_args, args), **(args.model_init_kwargs or {})}
@@ -246,14 +241,17 @@ def build_trainer(
         eval_dataset=splits.get("test"),
         processing_class=tokenizer,
         peft_config=lora_config(run_.model_args),
-        callbacks=[MetricsFile()],
+        callbacks=[RunRecords(run_.recipe)],
     )
     trainer.dataset_names = list(run_.data_args.dataset_mixer)
     return trainer
 
 
-class MetricsFile(TrainerCallback):
-    """Appends every logged record to metrics.jsonl in the run folder, as it is logged."""
+class RunRecords(TrainerCallback):
+    """Appends every logged record to metrics.jsonl, as it is logged, and puts the recipe into every checkpoint."""
+
+    def __init__(self, recipe: str):
+        self.recipe = recipe
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         if not state.is_world_process_zero:
@@ -268,6 +266,11 @@ class MetricsFile(TrainerCallback):
         if state.is_world_process_zero:
             with Path(args.output_dir, "metrics.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+
+    def on_save(self, args, state, control, **kwargs) -> None:
+        if state.is_world_process_zero:
+            checkpoint = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+            (checkpoint / RECIPE_FILE).write_text(self.recipe, encoding="utf-8")
 
 
 def train(trainer: Trainer, checkpoint: Path | None) -> None:

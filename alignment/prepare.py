@@ -10,7 +10,7 @@ from typing import Any
 
 import datasets
 import numpy as np
-from datasets import Dataset
+from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from . import chat, tokenization
@@ -19,14 +19,17 @@ from .tokenization import LengthRules
 
 logger = logging.getLogger(__name__)
 
+# Half the width of what datasets would infer, and no time spent on inferring it.
+TOKEN_FEATURES = Features(
+    {f"{side}_input_ids": List(Value("int32")) for side in tokenization.SIDES}
+    | {f"{side}_{column}": Value("int32") for side in tokenization.SIDES for column in ("prompt_length", "length")}
+    | {"length": Value("int32"), "index": Value("int32"), "truncated": Value("bool"), "eos_added": Value("bool")}
+)
+
 
 def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
     """A hash of everything that decides what the tokenizer and its template produce."""
-    if tokenizer.is_fast:
-        backend = json.loads(tokenizer.backend_tokenizer.to_str())
-        vocabulary = {key: value for key, value in backend.items() if key not in ("truncation", "padding")}  # state of use
-    else:
-        vocabulary = tokenizer.get_vocab()
+    vocabulary = tokenization.plain_backend(tokenizer).to_str() if tokenizer.is_fast else tokenizer.get_vocab()
     settings = [vocabulary, tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token]
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
 
@@ -40,6 +43,7 @@ def cached_map(
     num_proc: int | None,
     desc: str,
     with_indices: bool = False,
+    features: Features | None = None,
 ) -> Dataset:
     """`Dataset.map` in batches, into a file named after the rows, the tokenizer, the settings and the code that made it.
 
@@ -60,6 +64,7 @@ def cached_map(
         cache_file_name=str(folder / f"{name}.arrow"),
         load_from_cache_file=True,
         new_fingerprint=name,
+        features=features,
         desc=desc,
     )
 
@@ -84,9 +89,7 @@ def to_message_texts(
     return cached_map(dataset, chat.message_texts, tokenizer, settings, num_proc=num_proc, desc="Applying the chat template")
 
 
-def to_tokens(
-    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, rules: LengthRules, *, num_proc: int | None
-) -> Dataset:
+def to_tokens(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, rules: LengthRules, *, num_proc: int | None) -> Dataset:
     """Text pairs -> token ids, without the pairs of which a side has no token left to score (0 / 0 would be NaN)."""
     tokens = cached_map(
         dataset,
@@ -96,6 +99,7 @@ def to_tokens(
         num_proc=num_proc,
         desc="Tokenizing",
         with_indices=True,
+        features=TOKEN_FEATURES,
     )
     scorable = np.flatnonzero(response_lengths(tokens).min(axis=0) > 0)
     if len(scorable) == 0:
@@ -131,9 +135,9 @@ def longest_pair(tokens: Dataset) -> int:
 
 def describe_tokens(tokens: Dataset, dropped: int, rules: LengthRules) -> str:
     """One clause on a split's tokens: lengths, cuts, and how often the chosen response is the longer."""
-    table = tokens.select_columns(
-        ["chosen_prompt_length", "chosen_length", "rejected_length", "truncated"]
-    ).with_format("numpy")[:]
+    table = tokens.select_columns(["chosen_prompt_length", "chosen_length", "rejected_length", "truncated"]).with_format(
+        "numpy"
+    )[:]
     spans = ", ".join(
         f"{name} {spread(table[column])}"
         for name, column in (

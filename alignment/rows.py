@@ -29,9 +29,7 @@ def code_digest() -> str:
     return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
 
 
-def read_batch(
-    batch: dict[str, list], *, read: Callable[[dict[str, Any]], dict[str, list]], code: str
-) -> dict[str, list]:
+def read_batch(batch: dict[str, list], *, read: Callable[[dict[str, Any]], dict[str, list]], code: str) -> dict[str, list]:
     """Columns in, canonical columns and findings out. `code` is there for the cache key only."""
     rows = [read(dict(zip(batch, values, strict=True))) for values in zip(*batch.values(), strict=True)]
     columns = {column: [row[column] for row in rows] for column in rows[0]}
@@ -94,9 +92,7 @@ def unreadable(column: str, value: Any) -> str | None:
 def pair_faults(chosen: list[Turn], rejected: list[Turn]) -> Iterator[Finding]:
     """Both are whole conversations, prompt and response."""
     if chosen[:-1] != rejected[:-1]:
-        yield Finding(
-            "earlier turns differ", "chosen and rejected differ before the last turn; they must share the prompt"
-        )
+        yield Finding("earlier turns differ", "chosen and rejected differ before the last turn; they must share the prompt")
     yield from conversation_faults("chosen", chosen)
     yield from conversation_faults("rejected", rejected)
 

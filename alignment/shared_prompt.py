@@ -34,8 +34,8 @@ KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 # attention, or keep a sliding window in the mask alone.
 PROVEN = {
     "apertus", "arcee", "cohere", "cohere2", "ernie4_5", "exaone4", "gemma", "gemma2", "gemma3_text", "glm4", "gpt_neox",
-    "gpt2", "granite", "helium", "hunyuan_v1_dense", "llama", "ministral3", "mistral", "mixtral", "olmo", "olmo2", "olmo3", "phi",
-    "phi3", "qwen2", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "starcoder2",
+    "gpt2", "granite", "helium", "hunyuan_v1_dense", "llama", "ministral3", "mistral", "mixtral", "olmo", "olmo2", "olmo3",
+    "phi", "phi3", "qwen2", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "starcoder2",
 }  # fmt: skip
 
 

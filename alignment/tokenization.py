@@ -1,8 +1,8 @@
 """Text -> token ids: where a response begins, what is added, what is cut. Plain lists, in batches."""
 
-from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from .errors import UserError
@@ -29,13 +29,17 @@ class Response(NamedTuple):
 
 def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
     """Token ids of each text, no special tokens added."""
-    if tokenizer.is_fast:
-        backend = tokenizer.backend_tokenizer
-        # Many published tokenizers are saved with a truncation or padding of their last use.
-        backend.no_truncation()
-        backend.no_padding()
-        return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
-    return tokenizer(texts, add_special_tokens=False)["input_ids"]
+    if not tokenizer.is_fast:
+        return tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return [encoding.ids for encoding in plain_backend(tokenizer).encode_batch_fast(texts, add_special_tokens=False)]
+
+
+def plain_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+    """The fast tokenizer without the truncation or padding of its last use, with which many are saved."""
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
 
 
 def split_response(prompt: list[int], full: list[int]) -> Response:
@@ -110,6 +114,30 @@ def tokenize_pair(
     return row
 
 
+def encode_pairs(
+    tokenizer: PreTrainedTokenizerBase, prompts: list[str], chosen: list[str], rejected: list[str]
+) -> tuple[list[list[int]], ...]:
+    """Ids of each prompt, of prompt + chosen and of prompt + rejected.
+
+    Tokenizers split at special tokens before anything else. So where every response begins with one, as with Llama-3's
+    header, nothing can merge across the boundary, and the prompt is encoded once instead of three times.
+    """
+    splits = tuple(
+        token.content
+        for token in tokenizer.added_tokens_decoder.values()
+        if token.special and not (token.normalized or token.lstrip or token.single_word)
+    )
+    apart = bool(splits) and all(response.startswith(splits) for response in (*chosen, *rejected))
+    responses = [*chosen, *rejected]
+    texts = responses if apart else [p + r for p, r in zip([*prompts, *prompts], responses, strict=True)]
+    count = len(prompts)
+    encoded = encode_texts(tokenizer, [*prompts, *texts])
+    alone, sides = encoded[:count], (encoded[count : 2 * count], encoded[2 * count :])
+    if apart:
+        sides = tuple([p + r for p, r in zip(alone, side, strict=True)] for side in sides)
+    return alone, *sides
+
+
 def tokenize_pairs(
     batch: dict[str, list[str]], indices: list[int], tokenizer: PreTrainedTokenizerBase, rules: LengthRules
 ) -> dict[str, list[Any]]:
@@ -117,11 +145,7 @@ def tokenize_pairs(
 
     Adds `index`, the row of the pair in its split. Raises UserError naming the row that cannot be tokenized.
     """
-    prompts = batch["prompt"]
-    fulls = [p + r for side in SIDES for p, r in zip(prompts, batch[side], strict=True)]
-    encoded = encode_texts(tokenizer, prompts + fulls)
-    bounds = [0, len(prompts), 2 * len(prompts), 3 * len(prompts)]
-    columns = [encoded[start:end] for start, end in pairwise(bounds)]
+    columns = encode_pairs(tokenizer, *(batch[column] for column in ("prompt", *SIDES)))
     rows = []
     for index, prompt, chosen, rejected in zip(indices, *columns, strict=True):
         try:

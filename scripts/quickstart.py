@@ -18,17 +18,18 @@ FOLDER = Path("outputs/quickstart")
 DATA, MODEL, SFT, SIMPO = (FOLDER / name for name in ("data", "model", "sft", "simpo"))
 
 SEED = 42
-CONVERSATIONS, PAIRS, HELD_OUT = 4000, 2000, 300  # rows
+CONVERSATIONS, PAIRS, HELD_OUT = 4000, 2048, 300  # rows
 SAMPLED = 100  # held-out requests
 TEMPERATURE = 0.7
 WIDTH = 110  # columns of the summary
-# One thread: on matrices this small a second one gains little, and costs six times the time when its core is busy.
+# One thread: matrices this small gain little from a second one, and took six times as long when its core was busy.
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
 
 
 def main() -> None:
     os.chdir(ROOT)  # here and in the recipes, paths begin at the root of the repository
-    shutil.rmtree(FOLDER, ignore_errors=True)
+    if FOLDER.exists():
+        shutil.rmtree(FOLDER)
     heading("1 of 4: data, a tokenizer, a model of random weights")
     requests = write_data()
     write_model()
@@ -93,12 +94,11 @@ def summary(metrics: Sequence[dict], requests: Sequence[str], before: Sequence[s
     lines = [f"{name:32}{start:>10}{end:>10}" for name, start, end in table]
     note = (
         f"Rewards of {HELD_OUT} held-out pairs; one response to each of {len(requests)} held-out requests, sampled at "
-        f"temperature {TEMPERATURE}. The rule: a response {RULE}. Three of them:"
+        f"temperature {TEMPERATURE}. The rule: a response {RULE}. The first three:"
     )
     lines += ["", textwrap.fill(note, WIDTH)]
-    for request, *responses in list(zip(requests, before, after, strict=True))[:3]:
-        lines += ["", f"    {request}"]
-        lines += [shown(when, request, response) for when, response in zip(("before", "after"), responses, strict=True)]
+    for request, first_response, last_response in list(zip(requests, before, after, strict=True))[:3]:
+        lines += ["", f"    {request}", shown("before", request, first_response), shown("after", request, last_response)]
     lines += ["", f"model   {SIMPO}", f"card    {SIMPO / 'README.md'}", f"curves  {SIMPO / 'curves.png'}"]
     return "\n".join(lines)
 

@@ -1,6 +1,7 @@
 """SimPOTrainer: the HF Trainer with the SimPO objective."""
 
 import logging
+import math
 from contextlib import nullcontext
 from copy import copy
 from pathlib import Path
@@ -143,9 +144,7 @@ class SimPOTrainer(Trainer):
         columns = [half for column in (logps / tokens, tokens, logits / tokens) for half in column.chunk(2)]
         return PairScores(*columns, router_loss=output.get("aux_loss"))
 
-    def simpo_loss(
-        self, policy_chosen_logps: Tensor, policy_rejected_logps: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def simpo_loss(self, policy_chosen_logps: Tensor, policy_rejected_logps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Losses, chosen rewards and rejected rewards, each (B,), of (B,) mean log-probabilities; see alignment.losses."""
         losses = simpo_loss(
             policy_chosen_logps,
@@ -260,6 +259,17 @@ class SimPOTrainer(Trainer):
                 batch = batches[number] if number < len(batches) else {**batches[-1], "repeated": True}
                 losses.append(super().training_step(model, batch, num_items_in_batch))
         return torch.stack(losses).sum()
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float | None:
+        """Raises NonFiniteLogps on every process, in front of the optimizer's step, if the gradient is not finite."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        # fp16 overflows now and then; its loss scaler skips those steps.
+        if norm is not None and not self.args.fp16 and not math.isfinite(norm):
+            raise NonFiniteLogps(
+                f"step {self.state.global_step + 1}: the gradient is not finite although all log-probabilities are. No step "
+                "was taken with it; the last checkpoint is as it was. The usual cause is a learning rate that is too high."
+            )
+        return norm
 
     def floating_point_ops(self, inputs: Batch) -> float:
         """Of the distinct tokens, where the architecture is known well enough to tell."""

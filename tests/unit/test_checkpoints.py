@@ -26,13 +26,13 @@ def add_checkpoint(run: Path, step: int) -> Path:
     folder.mkdir()
     for name in FILES:
         (folder / name).write_text(json.dumps({"global_step": step}) if name.endswith("json") else "weights")
+    (folder / RECIPE_FILE).write_text(yaml.safe_dump(RECIPE))
     return folder
 
 
 @pytest.fixture
 def run(tmp_path) -> Path:
-    """A run folder with its recipe and two whole checkpoints, of which the older one was touched last."""
-    (tmp_path / RECIPE_FILE).write_text(yaml.safe_dump(RECIPE))
+    """A run folder with two whole checkpoints, of which the older one was touched last."""
     add_checkpoint(tmp_path, 20)
     add_checkpoint(tmp_path, 9)
     return tmp_path
@@ -70,6 +70,7 @@ def test_a_checkpoint_of_every_strategy_is_whole(run, layout):
     for name in layout:
         (folder / name).mkdir(parents=True)
     (folder / "trainer_state.json").write_text("{}")
+    (folder / RECIPE_FILE).write_text(yaml.safe_dump(RECIPE))
     assert checkpoint_to_resume(run, None, RECIPE) == folder
 
 
@@ -115,7 +116,7 @@ def test_another_recipe_is_refused_with_every_key_that_differs_and_the_ways_out(
     ],
 )
 def test_what_leaves_the_weights_alone_may_differ(run, key, before, now):
-    (run / RECIPE_FILE).write_text(yaml.safe_dump({**RECIPE, key: before}))
+    (run / "checkpoint-20" / RECIPE_FILE).write_text(yaml.safe_dump({**RECIPE, key: before}))
     assert checkpoint_to_resume(run, None, {**RECIPE, key: now}) == run / "checkpoint-20"
 
 
@@ -131,13 +132,13 @@ def test_what_leaves_the_weights_alone_may_differ(run, key, before, now):
     ],
 )
 def test_what_moves_the_weights_may_not(run, key, before, now):
-    (run / RECIPE_FILE).write_text(yaml.safe_dump({**RECIPE, key: before}))
+    (run / "checkpoint-20" / RECIPE_FILE).write_text(yaml.safe_dump({**RECIPE, key: before}))
     with pytest.raises(UserError, match=rf"{key}: {before!r} then, {now!r} now"):
         checkpoint_to_resume(run, None, {**RECIPE, key: now})
 
 
 def test_a_checkpoint_of_unknown_origin_is_refused(run):
-    (run / RECIPE_FILE).unlink()
+    (run / "checkpoint-20" / RECIPE_FILE).unlink()
     with pytest.raises(UserError, match=r"checkpoint-20 was not made by this suite .*--resume_from_checkpoint="):
         checkpoint_to_resume(run, None, RECIPE)
 

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 from trl.trainer.utils import add_fused_lm_head
 
-from alignment.head import CHUNK_TOKENS, OUTPUTS, add_chunked_lm_head, add_lm_head, chunked_logps
+from alignment.head import OUTPUTS, TILE_TOKENS, TILE_VOCABULARY, add_chunked_lm_head, add_lm_head, chunked_logps, score_chunk
 from tests.builders import VOCABULARY, tiny_model
 
 LOGITS_OF_EVERY_KIND = ["llama", "mistral", "gemma2", "qwen2", "phi", "granite", "cohere", "hyperclovax"]
@@ -178,10 +178,10 @@ def test_never_more_than_one_chunk_of_logits_exists(adapter):
     add_lm_head(model, "cpu")
     if adapter:
         model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=["lm_head"]))
-    batch = scored_batch(rows=2, tokens=600)
+    batch = scored_batch(rows=4, tokens=600)
     with RowsOfLogits() as seen:
         head_scores(model, batch)[0].sum().backward()
-    assert seen.largest == CHUNK_TOKENS
+    assert seen.largest == TILE_TOKENS
 
 
 def test_that_measure_sees_the_logits_of_a_plain_forward():
@@ -250,3 +250,24 @@ def test_evaluation_without_gradients_gives_the_same_scores():
         logps, _ = head_scores(model, scored_batch())
     torch.testing.assert_close(logps, head_scores(model, scored_batch())[0])
     assert not logps.requires_grad
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("softcap", "scale"), [(None, 1.0), (3.0, 0.5)])
+def test_a_vocabulary_of_several_tiles_gives_the_scores_and_gradients_of_one(softcap, scale, bias):
+    torch.manual_seed(0)
+    words = 2 * TILE_VOCABULARY + 7
+    head = nn.Linear(8, words, bias=bias, dtype=torch.float64)
+    hidden = torch.randn(50, 8, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(words, (50,))
+    labels[:3] = torch.tensor([0, TILE_VOCABULARY, words - 1])
+    upstream = torch.randn(50, dtype=torch.float64)
+    results = []
+    for logps, mean_logits in (
+        chunked_logps(head, hidden, labels, softcap=softcap, scale=scale, chunk=16),
+        score_chunk(head, hidden, labels, softcap, scale),
+    ):
+        grads = torch.autograd.grad((logps * upstream).sum(), [hidden, *head.parameters()])
+        results.append([logps, mean_logits, *grads])
+    for tiled, plain in zip(*results, strict=True):
+        torch.testing.assert_close(tiled, plain, rtol=0, atol=1e-9)

@@ -16,6 +16,7 @@ ORDER = [
     "chat",
     "tokenization",
     "configs",
+    "values",
     "parser",
     "sources",
     "rows",

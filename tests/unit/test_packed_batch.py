@@ -3,6 +3,7 @@
 import functools
 import logging
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -13,14 +14,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from transformers import (
-    AutoModelForCausalLM,
-    Gemma3TextConfig,
-    MambaConfig,
-    Phi3Config,
-    PreTrainedModel,
-    Qwen3Config,
-)
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations import flex_attention as transformers_flex
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
@@ -29,7 +23,7 @@ from alignment.collate import Batch, PackedCollator, PaddedCollator, Row
 from alignment.errors import UserError
 from alignment.head import add_lm_head
 from alignment.losses import response_sums, simpo_loss
-from alignment.shared_prompt import use_shared_prompts
+from alignment.shared_prompt import PROVEN, use_shared_prompts
 from alignment.tokenization import SIDES
 from scripts.simpo_config import SimPOConfig
 from scripts.simpo_trainer import FORWARD_COLUMNS, SimPOTrainer
@@ -38,20 +32,18 @@ from tests.builders import KINDS, SIZES, tiny_model, token_rows
 
 LOSS = {"beta": 2.5, "gamma_beta_ratio": 0.4}
 UNUSED_TOKEN = 3  # token_rows never draws it
-MORE_KINDS = {
-    "gemma3": (Gemma3TextConfig, {"head_dim": 8, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}),
-    "qwen3": (Qwen3Config, {"head_dim": 8}),
-    "phi3": (Phi3Config, {"sliding_window": 8}),
-    "mamba": (MambaConfig, {}),
-}
+# Of the kinds below: a window that is shorter than a prompt, in the first of two layers where layers differ.
+WINDOW = {"sliding_window": 8, "use_sliding_window": True, "layer_types": ["sliding_attention", "full_attention"]}
+EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 
 
-def model_of(kind: str, **settings: Any) -> PreTrainedModel:
-    """`builders.tiny_model`, and the kinds that only this file needs."""
+def model_of(kind: str, *, dtype: torch.dtype = torch.float32, **settings: Any) -> PreTrainedModel:
+    """`builders.tiny_model`, and architectures that only this file needs, by their `model_type`."""
     if kind in KINDS:
-        return tiny_model(kind, **settings)
-    dtype = settings.pop("dtype", torch.float32)
-    config_type, own = MORE_KINDS[kind]
+        return tiny_model(kind, dtype=dtype, **settings)
+    config_type = CONFIG_MAPPING[kind]
+    known = {field.name for field in fields(config_type)}
+    own = {key: value for key, value in {**WINDOW, **EXPERTS, "head_dim": 8}.items() if key in known}
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config_type(**{**SIZES, **own, **settings}), dtype=dtype)
 
@@ -204,8 +196,8 @@ class Float64(TorchFunctionMode):
 
 
 def exact_model(kind: str, **settings: Any) -> PreTrainedModel:
-    """A model that computes in float64 throughout."""
-    model = model_of(kind, dtype=torch.float64, **settings)
+    """A model that computes in float64 throughout, without dropout."""
+    model = model_of(kind, dtype=torch.float64, experts_implementation="eager", **settings).eval()
     for module in model.modules():
         # Inside the layers, because gradient checkpointing computes those again outside of the model's forward.
         if not isinstance(module, GradientCheckpointingLayer):
@@ -259,7 +251,7 @@ def packed_and_plain(kind: str, attention: str, make: Callable[..., PreTrainedMo
     return prepared(packed), plain
 
 
-EVERY_KIND = ["llama", "mistral", "gemma2", "gemma3", "qwen2", "qwen3", "phi3"]
+EVERY_KIND = ["llama", "mistral", "gemma2", "gemma3_text", "qwen2", "qwen3", "phi3"]
 KINDS_AND_ATTENTIONS = [
     (kind, attention) for kind in EVERY_KIND for attention in ("sdpa", "eager") if (kind, attention) != ("gemma2", "sdpa")
 ]
@@ -297,7 +289,7 @@ def test_in_float32_losses_and_gradients_agree_to_a_hundred_thousandth(kind, att
         assert (gradient - expected[name]).norm() < 1e-5 * expected[name].norm(), name
 
 
-@pytest.mark.parametrize("kind", ["mistral", "gemma2", "gemma3", "phi3"])
+@pytest.mark.parametrize("kind", ["mistral", "gemma2", "gemma3_text", "phi3"])
 def test_the_windows_compared_here_are_shorter_than_a_prompt_and_change_the_losses(kind):
     wide = {"sliding_window": 100}
     rows = token_rows(UNEVEN)
@@ -305,7 +297,7 @@ def test_the_windows_compared_here_are_shorter_than_a_prompt_and_change_the_loss
     assert (short - long).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma2", "gemma3"])
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "gemma3_text"])
 def test_gradient_checkpointing_changes_nothing(kind):
     model = prepared(exact_model(kind)).train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -326,6 +318,12 @@ def test_flex_attention_gives_the_losses_of_the_padded_path(kind, monkeypatch):
     with torch.no_grad():
         expected, found = reference.mean_logps(plain, rows), packed_mean_logps(packed, rows)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", sorted(PROVEN))
+def test_every_proven_architecture_has_the_losses_and_gradients_of_its_padded_path(kind):
+    packed, plain = (exact_model(kind) for _ in range(2))
+    assert_equal_to_a_billionth(prepared(packed), plain, token_rows(UNEVEN))
 
 
 def test_bf16_autocast_gives_losses_near_the_float32_ones():

@@ -100,7 +100,8 @@ def test_no_response_of_the_data_is_longer_than_what_is_sampled(pairs):
 def test_the_prompt_that_is_sampled_from_begins_the_tokens_that_were_trained_on(pairs):
     tokenizer = train_tokenizer([text for pair in pairs for text in pair])
     for request, chosen, rejected in pairs[:50]:
-        prompt = tokenizer.apply_chat_template(conversation(request, chosen)[:1], add_generation_prompt=True, return_dict=False)
+        question = conversation(request, chosen)[:1]
+        prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=False)
         for response in (chosen, rejected):
             whole = tokenizer.apply_chat_template(conversation(request, response), return_dict=False)
             assert whole[: len(prompt)] == prompt
@@ -120,7 +121,7 @@ def test_the_recipes_read_what_the_quickstart_writes(recipe, config):
 
 
 def test_the_summary_compares_the_first_evaluation_with_the_last():
-    records = [{"step": step, "eval_rewards/accuracies": step / 100, "eval_rewards/margins": step} for step in (55, 70, 95)]
+    records = [{"eval_rewards/accuracies": value / 100, "eval_rewards/margins": value} for value in (55, 70, 95)]
     good, bad = "Certainly, two red cups. I am glad to help.", "That depends on many things. I have no time. " * 4
     text = quickstart.summary([{"step": 1, "loss": 1.0}, *records], [REQUEST] * 4, [good, bad, bad, bad], [good] * 4)
     cells = {line[:32].strip(): line[32:].split() for line in text.splitlines()[:4]}

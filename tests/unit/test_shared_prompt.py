@@ -259,8 +259,9 @@ def flex_on_cpu(monkeypatch):
         return flex_attention.flex_attention(query, key, value, **options)
 
     monkeypatch.setattr(transformers_flex, "compile_friendly_flex_attention", plain_flex)
-    monkeypatch.setattr(torch._dynamo.config, "automatic_dynamic_shapes", False)  # it traces even so
     monkeypatch.setattr(flex_attention, "_validate_device", lambda *heads: None)
+    with torch._dynamo.config.patch(automatic_dynamic_shapes=False):  # it is traced even so
+        yield
 
 
 def ask_of(layout: SharedPrompt, window: int | None = None, softcap: float | None = None, implementation: str = "") -> Attend:
@@ -481,12 +482,6 @@ def test_a_model_that_cannot_share_prompts_is_refused_with_the_reason(config_typ
 @pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2", "qwen2", "phi", "granite", "cohere", "mixtral"])
 def test_a_model_that_can_share_prompts_is_not_refused(kind):
     assert why_not(tiny_model(kind)) is None
-
-
-def test_soft_capping_is_refused_with_sdpa_and_says_what_to_set():
-    model = tiny_model("gemma2")
-    model.config._attn_implementation = "sdpa"
-    assert "attn_implementation: eager" in why_not(model)
 
 
 def test_an_attention_that_is_not_known_is_refused_by_its_name():

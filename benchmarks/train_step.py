@@ -1,0 +1,381 @@
+"""What a training step costs: ours, packed and padded, against the published algorithm, TRL's SimPO and Liger's.
+
+    python benchmarks/train_step.py [--data PAIRS.jsonl --tokenizer FOLDER --vocab N] [--layers N ...] [--device cuda]
+
+A step is the forward and backward of one micro-batch, collation included. All contenders share one set of random weights,
+get the same pairs, must report the same loss, and take turns; what is printed are medians over repeats, with the smallest
+and the largest. Seconds are those of all cores together on a CPU, and the device's on a GPU.
+"""
+
+import argparse
+import copy
+import importlib.metadata
+import importlib.util
+import json
+import math
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import datasets
+import torch
+import transformers
+from accelerate.utils import send_to_device
+from datasets import Dataset
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from trl.trainer.utils import get_peak_flops
+
+from alignment.collate import PackedCollator, PaddedCollator, Row
+from alignment.throughput import TokenCounts, dense_flops, peak_memory_gb
+from alignment.tokenization import LengthRules, tokenize_pairs
+from benchmarks.tokenization import load_tokenizer, machine, ratio, rendered_pairs
+from scripts.simpo_config import SimPOConfig
+from scripts.simpo_trainer import SimPOTrainer
+from tests import builders, reference
+
+BETA, GAMMA_BETA_RATIO = 2.5, 0.55
+TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}  # relative, of the mean loss; bf16 logits have 8 bits
+Loss = Callable[[list[Row]], Tensor]  # a micro-batch -> its mean loss, with its graph
+
+
+class Setup(NamedTuple):
+    """What every contender is made of. The model is its own, the weights are shared."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    device: torch.device
+    folder: str
+
+    @property
+    def trainer_settings(self) -> dict[str, Any]:
+        return {"output_dir": self.folder, "use_cpu": self.device.type == "cpu", "report_to": "none", "beta": BETA}
+
+
+# ---- Contenders ----
+
+
+def published(setup: Setup) -> Loss:
+    def loss(rows: list[Row]) -> Tensor:
+        with setup.device:
+            return reference.simpo_step_loss(setup.model, rows, beta=BETA, gamma_beta_ratio=GAMMA_BETA_RATIO)
+
+    return loss
+
+
+def trl(setup: Setup) -> Loss:
+    from trl.experimental.cpo import CPOConfig, CPOTrainer
+
+    args = CPOConfig(
+        loss_type="simpo",
+        cpo_alpha=0.0,
+        simpo_gamma=GAMMA_BETA_RATIO * BETA,
+        bf16=False,  # the dtype is the weights' own
+        gradient_checkpointing=False,  # it is on already, if it shall be
+        max_length=None,
+        **setup.trainer_settings,
+    )
+    unused = Dataset.from_list([{"prompt": "one", "chosen": " two", "rejected": " three"}])
+    trainer = CPOTrainer(setup.model, args, train_dataset=unused, processing_class=setup.tokenizer)
+
+    def columns(row: Row) -> dict[str, list[int]]:
+        sides: dict[str, list[int]] = {}
+        for side in ("chosen", "rejected"):
+            ids, prompt = row[f"{side}_input_ids"], row[f"{side}_prompt_length"]
+            labels = [-100] * prompt + ids[prompt:]
+            sides |= {f"{side}_input_ids": ids, f"{side}_attention_mask": [1] * len(ids), f"{side}_labels": labels}
+        return sides
+
+    def loss(rows: list[Row]) -> Tensor:
+        batch = send_to_device(trainer.data_collator([columns(row) for row in rows]), setup.device)
+        return trainer.compute_loss(trainer.model, batch)
+
+    return loss
+
+
+def liger(setup: Setup) -> Loss:
+    from liger_kernel.chunked_loss import LigerFusedLinearSimPOLoss
+
+    compiled = setup.device.type == "cuda"
+    fused = LigerFusedLinearSimPOLoss(
+        beta=BETA, gamma=GAMMA_BETA_RATIO * BETA, compute_nll_loss=False, compiled=compiled
+    )
+    collate = PaddedCollator(setup.tokenizer.pad_token_id)
+
+    def loss(rows: list[Row]) -> Tensor:
+        batch = send_to_device(collate(rows), setup.device)
+        hidden = setup.model.base_model(batch["input_ids"], batch["attention_mask"], use_cache=False).last_hidden_state
+        return fused(setup.model.lm_head.weight, hidden, batch["shift_labels"])[0]
+
+    return loss
+
+
+def ours(setup: Setup, layout: str) -> Loss:
+    args = SimPOConfig(
+        pair_layout=layout,
+        gamma_beta_ratio=GAMMA_BETA_RATIO,
+        max_length=1024,
+        max_prompt_length=512,
+        **setup.trainer_settings,
+    )
+    trainer = SimPOTrainer(setup.model, args, processing_class=setup.tokenizer)
+
+    def loss(rows: list[Row]) -> Tensor:
+        return trainer.compute_loss(trainer.model, send_to_device(trainer.data_collator(rows), setup.device))
+
+    return loss
+
+
+CONTENDERS: dict[str, Callable[[Setup], Loss]] = {
+    "published": published,
+    "trl": trl,
+    "liger": liger,
+    "padded": lambda setup: ours(setup, "padded"),
+    "packed": lambda setup: ours(setup, "packed"),
+}
+
+
+# ---- Model and pairs ----
+
+
+def build_model(args: argparse.Namespace) -> PreTrainedModel:
+    config = AutoConfig.for_model(
+        args.model_type,
+        hidden_size=args.hidden,
+        num_hidden_layers=args.layers,
+        num_attention_heads=args.heads,
+        num_key_value_heads=args.kv_heads or args.heads,
+        intermediate_size=args.intermediate,
+        vocab_size=args.vocab,
+        max_position_embeddings=args.max_length,
+        pad_token_id=None,
+        bos_token_id=None,
+        eos_token_id=None,
+        attn_implementation=args.attn,
+    )
+    torch.manual_seed(0)
+    with torch.device(args.device):
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, args.dtype))
+    return model.train()
+
+
+def twin(model: PreTrainedModel, *, checkpointing: bool) -> PreTrainedModel:
+    """Modules of its own around the same parameters, so that no contender changes another's forward."""
+    copied = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+    if checkpointing:
+        copied.gradient_checkpointing_enable({"use_reentrant": False})
+    return copied
+
+
+def load_rows(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
+    count = args.pairs_per_micro_batch * args.micro_batches
+    if args.data is None:
+        return builders.token_rows(lengths(count, args))
+    texts = rendered_pairs(args.data, count, tokenizer)
+    columns = {key: [text[key] for text in texts] for key in texts[0]}
+    rules = LengthRules(args.max_length, args.max_prompt_length, "keep_end", "published")
+    tokens = tokenize_pairs(columns, list(range(count)), tokenizer, rules)
+    return [dict(zip(tokens, row, strict=True)) for row in zip(*tokens.values(), strict=True)]
+
+
+def lengths(count: int, args: argparse.Namespace) -> list[tuple[int, int, int]]:
+    """Of prompt, chosen and rejected: log-normal, as wide as instruction data is, around the medians asked for."""
+    rng = random.Random(0)
+
+    def draw(median: int, sigma: float, longest: int) -> int:
+        return min(max(round(rng.lognormvariate(math.log(median), sigma)), 1), longest)
+
+    def pair() -> tuple[int, int, int]:
+        prompt = draw(args.prompt_tokens, 0.7, args.max_prompt_length)
+        chosen, rejected = (draw(args.response_tokens, 1.0, args.max_length - prompt) for _ in range(2))
+        return prompt, chosen, rejected
+
+    return [pair() for _ in range(count)]
+
+
+# ---- Measuring ----
+
+
+def device_seconds(device: torch.device, work: Callable[[], Any]) -> float:
+    """CPU seconds of all cores, or the GPU's seconds between two events."""
+    if device.type == "cpu":
+        start = time.process_time()
+        work()
+        return time.process_time() - start
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    work()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1000
+
+
+def train(model: PreTrainedModel, loss: Loss, micro_batches: list[list[Row]]) -> list[Tensor]:
+    """Forward and backward of every micro-batch; their losses."""
+    model.zero_grad()
+    losses = []
+    for rows in micro_batches:
+        micro_batch_loss = loss(rows)
+        micro_batch_loss.backward()
+        losses.append(micro_batch_loss.detach())
+    return losses
+
+
+def take_turns(
+    model: PreTrainedModel, losses: dict[str, Loss], micro_batches: list[list[Row]], args: argparse.Namespace
+) -> dict[str, list[float]]:
+    """Seconds of every repeat, by contender. Raises AssertionError if a loss differs from the first contender's."""
+    device, seconds, found = torch.device(args.device), {name: [] for name in losses}, {}
+    for repeat in range(args.repeats + 1):
+        for name, loss in losses.items():
+            # The first turn warms up, on one micro-batch.
+            part = micro_batches if repeat else micro_batches[:1]
+            passed = device_seconds(device, lambda: found.update({name: train(model, loss, part)}))  # noqa: B023
+            if repeat:
+                seconds[name].append(passed)
+        means = {name: torch.stack(values).mean().item() for name, values in found.items()}
+        expected = next(iter(means.values()))
+        for name, mean in means.items():
+            assert math.isclose(mean, expected, rel_tol=TOLERANCE[args.dtype]), f"losses differ: {means}"
+    return seconds
+
+
+def own_process_gb(name: str) -> float:
+    """Peak memory of a process that runs only this contender."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--only", name]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating-point operations per second of a large matrix product; per second of one core on a CPU."""
+    size, times = (8192, 20) if device.type == "cuda" else (1024, 20)
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    a @ b
+    return 2 * size**3 * times / device_seconds(device, lambda: [a @ b for _ in range(times)])
+
+
+def collator_seconds(micro_batches: list[list[Row]], times: int = 20) -> float:
+    collate = PackedCollator()
+    return device_seconds(torch.device("cpu"), lambda: [collate(rows) for rows in micro_batches * times]) / times
+
+
+# ---- Printing ----
+
+
+def main() -> None:
+    args = parse_arguments()
+    os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+    transformers.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    tokenizer = load_tokenizer(args.tokenizer)
+    rows = load_rows(args, tokenizer)
+    if (largest := max(max(row["chosen_input_ids"] + row["rejected_input_ids"]) for row in rows)) >= args.vocab:
+        sys.exit(f"--vocab {args.vocab}: the pairs have a token {largest}; --vocab {len(tokenizer)} holds the tokenizer's")
+    micro_batches = [rows[i : i + args.pairs_per_micro_batch] for i in range(0, len(rows), args.pairs_per_micro_batch)]
+    names = [args.only] if args.only else args.contenders
+    # Before this process grows: a child's peak begins with its parent's.
+    peaks = {} if args.only else {name: own_process_gb(name) for name in names}
+
+    model, device = build_model(args), torch.device(args.device)
+    with tempfile.TemporaryDirectory() as folder:
+        losses = {}
+        for name in names:
+            own = twin(model, checkpointing=args.gradient_checkpointing)
+            losses[name] = CONTENDERS[name](Setup(own, tokenizer, device, folder))
+        if args.only:
+            train(model, losses[args.only], micro_batches)
+            print(json.dumps(peak_memory_gb(device)))
+            return
+        seconds = take_turns(model, losses, micro_batches, args)
+    report(args, model, micro_batches, seconds, peaks)
+
+
+def report(
+    args: argparse.Namespace,
+    model: PreTrainedModel,
+    micro_batches: list[list[Row]],
+    seconds: dict[str, list[float]],
+    peaks: dict[str, float],
+) -> None:
+    counts: list[TokenCounts] = [PackedCollator()(rows)["token_counts"] for rows in micro_batches]
+    distinct, padded, scored = (sum(getattr(count, name) for count in counts) for name in ("distinct", "padded", "scored"))
+    pairs, device, kind = sum(map(len, micro_batches)), torch.device(args.device), "device" if args.device == "cuda" else "CPU"
+    parameters = sum(p.numel() for p in model.parameters())
+    print(
+        f"{args.model_type}, {parameters / 1e6:,.0f}M parameters, vocabulary {args.vocab:,}, {args.dtype}, attention {args.attn}, "
+        f"gradient checkpointing {'on' if args.gradient_checkpointing else 'off'}; {args.repeats} repeats of "
+        f"{args.micro_batches} x {args.pairs_per_micro_batch} pairs"
+    )
+    print(f"tokens padded : distinct {padded:,} : {distinct:,} = {padded / distinct:.2f}; equal losses")
+    for name, own in seconds.items():
+        per_pair = [value / pairs for value in own]
+        against = [f"{other} / {name} {ratio(seconds[other], own)}" for other in ("published", "trl") if other in seconds]
+        print(
+            f"{name:10}{statistics.median(per_pair):8.3f} {kind} s per pair ({min(per_pair):.3f} to {max(per_pair):.3f})"
+            f"{distinct / statistics.median(own):10,.0f} distinct tokens/s{peaks[name]:8.2f} GB   {'   '.join(against)}"
+        )
+    if "packed" in seconds:
+        packed = statistics.median(seconds["packed"])
+        share = collator_seconds(micro_batches) / packed
+        print(f"packed collator and layout: {share:.2%} of a step{'' if share < 0.02 else ', more than the 2 % it may take'}")
+        body, head = dense_flops(model.config, trainable_share=1.0)
+        flops, rate = body * distinct + head * scored, matmul_rate(device, model.dtype)
+        print(
+            f"floor: {flops / rate / pairs:.3f} {kind} s per pair, the distinct tokens' {flops / pairs:.3g} FLOPs at the "
+            f"{rate:.3g} FLOP/s of a matrix product here; packed takes {packed * rate / flops:.2f} times that"
+        )
+        if device.type == "cuda":
+            peak = get_peak_flops(torch.cuda.get_device_name(device), args.dtype)
+            print(f"MFU of packed, on distinct tokens: {flops / packed / peak:.3f}")
+    print(f"{machine()}, {torch.get_num_threads()} threads, {versions()}")
+
+
+def versions() -> str:
+    packages = [name for name in ("torch", "trl", "liger_kernel") if importlib.util.find_spec(name)]
+    gpu = [torch.cuda.get_device_name()] if torch.cuda.is_available() else []
+    return ", ".join([*gpu, *(f"{name} {importlib.metadata.version(name)}" for name in packages)])
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    model = parser.add_argument_group("model, with random weights")
+    model.add_argument("--model-type", default="llama", help="architecture, by its name in transformers")
+    for name, size in {"hidden": 512, "layers": 12, "heads": 8, "intermediate": 1376, "vocab": 32000}.items():
+        model.add_argument(f"--{name}", type=int, default=size)
+    model.add_argument("--kv-heads", type=int, help="default: as many as heads")
+    model.add_argument("--dtype", choices=TOLERANCE, default="float32")
+    model.add_argument("--attn", default="sdpa", help="attention implementation")
+    model.add_argument("--gradient-checkpointing", action=argparse.BooleanOptionalAction, default=True)
+    model.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    pairs = parser.add_argument_group("pairs")
+    pairs.add_argument("--data", help="JSONL of chosen and rejected message lists; default: random tokens")
+    pairs.add_argument("--tokenizer", help="folder or Hub name; default: the tokenizer of tests/builders.py")
+    pairs.add_argument("--prompt-tokens", type=int, default=32, help="median prompt of random pairs")
+    pairs.add_argument("--response-tokens", type=int, default=300, help="median response of random pairs")
+    pairs.add_argument("--max-length", type=int, default=1024)
+    pairs.add_argument("--max-prompt-length", type=int, default=512)
+    run = parser.add_argument_group("run")
+    run.add_argument("--pairs-per-micro-batch", type=int, default=2)
+    run.add_argument("--micro-batches", type=int, default=2)
+    run.add_argument("--repeats", type=int, default=3)
+    run.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    run.add_argument("--only", choices=CONTENDERS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if "liger" in args.contenders and importlib.util.find_spec("liger_kernel") is None:
+        args.contenders.remove("liger")
+        if not args.only:
+            print("liger: skipped, because liger_kernel is not installed")
+    return args
+
+
+if __name__ == "__main__":
+    main()
