@@ -1,5 +1,7 @@
 """Conversations -> the text of a prompt and its two responses."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +49,7 @@ def read_template(value: str) -> str:
     return Path(value).read_text(encoding="utf-8")
 
 
-def render(tokenizer: PreTrainedTokenizerBase, turns: Turns, *, generation_prompt: bool = False) -> str:
+def render(turns: Turns, tokenizer: PreTrainedTokenizerBase, *, generation_prompt: bool = False) -> str:
     """The template's text for these turns. Raises UserError with the template's own complaint."""
     try:
         return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generation_prompt)
@@ -69,9 +71,9 @@ def published_pair_text(row: dict[str, Turns], tokenizer: PreTrainedTokenizerBas
     """Prompt and responses rendered apart; so the assistant's header, where there is one, opens the response."""
     prompt = with_empty_system_turn(row["prompt"], tokenizer.chat_template) if add_system else row["prompt"]
     return {
-        "prompt": render(tokenizer, prompt),
-        "chosen": without_bos(render(tokenizer, row["chosen"]), tokenizer),
-        "rejected": without_bos(render(tokenizer, row["rejected"]), tokenizer),
+        "prompt": render(prompt, tokenizer),
+        "chosen": without_bos(render(row["chosen"], tokenizer), tokenizer),
+        "rejected": without_bos(render(row["rejected"], tokenizer), tokenizer),
         "system_added": len(prompt) > len(row["prompt"]),
     }
 
@@ -82,8 +84,8 @@ def without_bos(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
 
 def exact_pair_text(row: dict[str, Turns], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """The prompt as generation sees it; the response is what follows it in the whole conversation's text."""
-    prompt = render(tokenizer, row["prompt"], generation_prompt=True)
-    responses = {side: render(tokenizer, row["prompt"] + row[side]) for side in ("chosen", "rejected")}
+    prompt = render(row["prompt"], tokenizer, generation_prompt=True)
+    responses = {side: render(row["prompt"] + row[side], tokenizer) for side in ("chosen", "rejected")}
     for side, text in responses.items():
         if not text.startswith(prompt):
             raise UserError(
@@ -95,27 +97,46 @@ def exact_pair_text(row: dict[str, Turns], tokenizer: PreTrainedTokenizerBase) -
 
 
 def pair_texts(
-    batch: dict[str, list[Turns]], tokenizer: PreTrainedTokenizerBase, *, preprocessing: str, add_system: bool
+    batch: dict[str, list[Turns]],
+    indices: list[int],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    preprocessing: str,
+    add_system: bool,
 ) -> dict[str, list[Any]]:
-    """A batch of conversations (columns prompt, chosen, rejected: lists of turns) as text, for `Dataset.map(batched=True)`."""
+    """A batch of conversations (columns prompt, chosen, rejected: lists of turns) as text, for `Dataset.map` in batches.
+
+    Raises UserError naming the row whose conversation the template refuses.
+    """
     rows = [
         dict(zip(TEXT_COLUMNS, turns, strict=True))
         for turns in zip(batch["prompt"], batch["chosen"], batch["rejected"], strict=True)
     ]
-    if preprocessing == "published":
-        texts = [published_pair_text(row, tokenizer, add_system=add_system) for row in rows]
-    else:
-        texts = [exact_pair_text(row, tokenizer) for row in rows]
+    render_pair = partial(published_pair_text, add_system=add_system) if preprocessing == "published" else exact_pair_text
+    texts = [with_place(render_pair, row, tokenizer, index) for index, row in zip(indices, rows, strict=True)]
     return {key: [text[key] for text in texts] for key in (*TEXT_COLUMNS, "system_added")}
 
 
 def message_texts(
-    batch: dict[str, list[Turns]], tokenizer: PreTrainedTokenizerBase, *, preprocessing: str, add_system: bool
+    batch: dict[str, list[Turns]],
+    indices: list[int],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    preprocessing: str,
+    add_system: bool,
 ) -> dict[str, list[str]]:
-    """A batch of whole conversations (column messages) as text, for supervised training."""
+    """A batch of whole conversations (column messages) as text, for supervised training. Raises as `pair_texts`."""
     inserts = preprocessing == "published" and add_system
-    turns = [with_empty_system_turn(row, tokenizer.chat_template) if inserts else row for row in batch["messages"]]
-    return {"text": [render(tokenizer, row) for row in turns]}
+    rows = [with_empty_system_turn(row, tokenizer.chat_template) if inserts else row for row in batch["messages"]]
+    texts = [with_place(render, row, tokenizer, index) for index, row in zip(indices, rows, strict=True)]
+    return {"text": texts}
+
+
+def with_place(function: Callable[..., Any], row: Any, tokenizer: PreTrainedTokenizerBase, index: int) -> Any:
+    try:
+        return function(row, tokenizer)
+    except UserError as error:
+        raise UserError(f"row {index} of the shuffled split: {error}") from error
 
 
 def check_published_template(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -125,8 +146,8 @@ def check_published_template(tokenizer: PreTrainedTokenizerBase) -> None:
     write it inside each response, to be trained on and counted in the length.
     """
     question, reply = {"role": "user", "content": "question"}, {"role": "assistant", "content": "reply"}
-    alone = without_bos(render(tokenizer, [reply]), tokenizer)
-    if not render(tokenizer, [question, reply]).endswith(alone):
+    alone = without_bos(render([reply], tokenizer), tokenizer)
+    if not render([question, reply], tokenizer).endswith(alone):
         raise UserError(
             f"preprocessing = published: this model's chat template puts {alone[: alone.find('reply')]!r} in front of "
             "every response that is rendered alone, which would be trained on. Use preprocessing: exact."

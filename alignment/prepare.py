@@ -42,7 +42,7 @@ def cached_map(
     *,
     num_proc: int | None,
     desc: str,
-    with_indices: bool = False,
+    with_indices: bool = True,
     features: Features | None = None,
 ) -> Dataset:
     """`Dataset.map` in batches, into a file named after the rows, the tokenizer, the settings and the code that made it.
@@ -98,7 +98,6 @@ def to_tokens(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, rules: Lengt
         {"rules": rules},
         num_proc=num_proc,
         desc="Tokenizing",
-        with_indices=True,
         features=TOKEN_FEATURES,
     )
     scorable = np.flatnonzero(response_lengths(tokens).min(axis=0) > 0)
@@ -112,7 +111,9 @@ def to_tokens(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, rules: Lengt
 
 def to_sequences(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, *, num_proc: int | None) -> Dataset:
     """Texts -> token ids, for supervised training."""
-    return cached_map(dataset, tokenization.tokenize_texts, tokenizer, {}, num_proc=num_proc, desc="Tokenizing")
+    return cached_map(
+        dataset, tokenization.tokenize_texts, tokenizer, {}, num_proc=num_proc, desc="Tokenizing", with_indices=False
+    )
 
 
 def sequence_lengths(tokens: Dataset) -> np.ndarray:
@@ -164,7 +165,7 @@ def spread(lengths: np.ndarray) -> str:
 def describe_published(texts: Dataset, tokens: Dataset, tokenizer: PreTrainedTokenizerBase) -> str:
     """How many rows each oddity of the published rules touches."""
     question = [{"role": "user", "content": "question"}]
-    header_scored = chat.render(tokenizer, question) != chat.render(tokenizer, question, generation_prompt=True)
+    header_scored = chat.render(question, tokenizer) != chat.render(question, tokenizer, generation_prompt=True)
     touched = {
         "assistant header scored with the response": len(tokens) if header_scored else 0,
         "empty system turn added": sum(texts["system_added"]),

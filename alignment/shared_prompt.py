@@ -30,7 +30,7 @@ from .errors import UserError
 
 NAME = "shared_prompt_"  # in front of the attention implementation that a model had
 KNOWN_LAYERS = {"full_attention", "sliding_attention"}
-# Architectures whose packed scores are tested against their padded ones. Others may not hand the layout on to their
+# Architectures whose packed scores a test compares with their padded ones. Others may not hand the layout on to their
 # attention, or keep a sliding window in the mask alone.
 PROVEN = {
     "apertus", "arcee", "cohere", "cohere2", "ernie4_5", "exaone4", "gemma", "gemma2", "gemma3_text", "glm4", "gpt_neox",

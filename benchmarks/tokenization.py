@@ -89,7 +89,7 @@ def rendered_pairs(path: str | None, count: int, tokenizer: PreTrainedTokenizerB
         rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()[:count]]
     turns = builders.split_pairs(rows)
     batch = {column: [row[column] for row in turns] for column in TEXT_COLUMNS}
-    texts = pair_texts(batch, tokenizer, preprocessing="published", add_system=False)
+    texts = pair_texts(batch, list(range(len(rows))), tokenizer, preprocessing="published", add_system=False)
     return [dict(zip(TEXT_COLUMNS, row, strict=True)) for row in zip(*(texts[key] for key in TEXT_COLUMNS), strict=True)]
 
 

@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,7 +37,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from trl.trainer.utils import get_peak_flops
 
 from alignment.collate import PackedCollator, PaddedCollator, Row
-from alignment.throughput import TokenCounts, dense_flops, peak_memory_gb
+from alignment.throughput import dense_flops, peak_memory_gb
 from alignment.tokenization import LengthRules, tokenize_pairs
 from benchmarks.tokenization import load_tokenizer, machine, ratio, rendered_pairs
 from scripts.simpo_config import SimPOConfig
@@ -106,9 +107,7 @@ def liger(setup: Setup) -> Loss:
     from liger_kernel.chunked_loss import LigerFusedLinearSimPOLoss
 
     compiled = setup.device.type == "cuda"
-    fused = LigerFusedLinearSimPOLoss(
-        beta=BETA, gamma=GAMMA_BETA_RATIO * BETA, compute_nll_loss=False, compiled=compiled
-    )
+    fused = LigerFusedLinearSimPOLoss(beta=BETA, gamma=GAMMA_BETA_RATIO * BETA, compute_nll_loss=False, compiled=compiled)
     collate = PaddedCollator(setup.tokenizer.pad_token_id)
 
     def loss(rows: list[Row]) -> Tensor:
@@ -172,7 +171,7 @@ def twin(model: PreTrainedModel, *, checkpointing: bool) -> PreTrainedModel:
     """Modules of its own around the same parameters, so that no contender changes another's forward."""
     copied = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
     if checkpointing:
-        copied.gradient_checkpointing_enable({"use_reentrant": False})
+        copied.activation_checkpointing_enable({"use_reentrant": False})
     return copied
 
 
@@ -205,18 +204,18 @@ def lengths(count: int, args: argparse.Namespace) -> list[tuple[int, int, int]]:
 # ---- Measuring ----
 
 
-def device_seconds(device: torch.device, work: Callable[[], Any]) -> float:
-    """CPU seconds of all cores, or the GPU's seconds between two events."""
+def timed(device: torch.device, work: Callable[[], Any]) -> tuple[float, Any]:
+    """CPU seconds of all cores, or the GPU's seconds between two events; and what the work returned."""
     if device.type == "cpu":
         start = time.process_time()
-        work()
-        return time.process_time() - start
+        result = work()
+        return time.process_time() - start, result
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
-    work()
+    result = work()
     end.record()
     torch.cuda.synchronize()
-    return start.elapsed_time(end) / 1000
+    return start.elapsed_time(end) / 1000, result
 
 
 def train(model: PreTrainedModel, loss: Loss, micro_batches: list[list[Row]]) -> list[Tensor]:
@@ -233,19 +232,19 @@ def train(model: PreTrainedModel, loss: Loss, micro_batches: list[list[Row]]) ->
 def take_turns(
     model: PreTrainedModel, losses: dict[str, Loss], micro_batches: list[list[Row]], args: argparse.Namespace
 ) -> dict[str, list[float]]:
-    """Seconds of every repeat, by contender. Raises AssertionError if a loss differs from the first contender's."""
-    device, seconds, found = torch.device(args.device), {name: [] for name in losses}, {}
-    for repeat in range(args.repeats + 1):
+    """Seconds of every repeat, by contender. Raises AssertionError if a contender's mean loss is not the first one's."""
+    device = torch.device(args.device)
+    seconds: dict[str, list[float]] = {name: [] for name in losses}
+    for loss in losses.values():
+        train(model, loss, micro_batches[:1])  # warms up
+    for _ in range(args.repeats):
+        means = []
         for name, loss in losses.items():
-            # The first turn warms up, on one micro-batch.
-            part = micro_batches if repeat else micro_batches[:1]
-            passed = device_seconds(device, lambda: found.update({name: train(model, loss, part)}))  # noqa: B023
-            if repeat:
-                seconds[name].append(passed)
-        means = {name: torch.stack(values).mean().item() for name, values in found.items()}
-        expected = next(iter(means.values()))
-        for name, mean in means.items():
-            assert math.isclose(mean, expected, rel_tol=TOLERANCE[args.dtype]), f"losses differ: {means}"
+            passed, values = timed(device, partial(train, model, loss, micro_batches))
+            seconds[name].append(passed)
+            means.append(torch.stack(values).mean().item())
+        equal = all(math.isclose(mean, means[0], rel_tol=TOLERANCE[args.dtype]) for mean in means)
+        assert equal, f"losses differ: {dict(zip(losses, means, strict=True))}"
     return seconds
 
 
@@ -255,17 +254,19 @@ def own_process_gb(name: str) -> float:
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
 
 
-def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations per second of a large matrix product; per second of one core on a CPU."""
-    size, times = (8192, 20) if device.type == "cuda" else (1024, 20)
+def matmul_rate(device: torch.device, dtype: torch.dtype, times: int = 20) -> float:
+    """Floating-point operations per second of a large matrix product; per CPU second on a CPU."""
+    size = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    a @ b
-    return 2 * size**3 * times / device_seconds(device, lambda: [a @ b for _ in range(times)])
+    a @ b  # warms up
+    passed, _ = timed(device, lambda: [a @ b for _ in range(times)])
+    return 2 * size**3 * times / passed
 
 
 def collator_seconds(micro_batches: list[list[Row]], times: int = 20) -> float:
     collate = PackedCollator()
-    return device_seconds(torch.device("cpu"), lambda: [collate(rows) for rows in micro_batches * times]) / times
+    passed, _ = timed(torch.device("cpu"), lambda: [collate(rows) for rows in micro_batches * times])
+    return passed / times
 
 
 # ---- Printing ----
@@ -277,6 +278,7 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     datasets.disable_progress_bars()
     tokenizer = load_tokenizer(args.tokenizer)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     rows = load_rows(args, tokenizer)
     if (largest := max(max(row["chosen_input_ids"] + row["rejected_input_ids"]) for row in rows)) >= args.vocab:
         sys.exit(f"--vocab {args.vocab}: the pairs have a token {largest}; --vocab {len(tokenizer)} holds the tokenizer's")
@@ -306,37 +308,42 @@ def report(
     seconds: dict[str, list[float]],
     peaks: dict[str, float],
 ) -> None:
-    counts: list[TokenCounts] = [PackedCollator()(rows)["token_counts"] for rows in micro_batches]
+    counts = [PackedCollator()(rows)["token_counts"] for rows in micro_batches]
     distinct, padded, scored = (sum(getattr(count, name) for count in counts) for name in ("distinct", "padded", "scored"))
-    pairs, device, kind = sum(map(len, micro_batches)), torch.device(args.device), "device" if args.device == "cuda" else "CPU"
-    parameters = sum(p.numel() for p in model.parameters())
+    pairs, device = sum(map(len, micro_batches)), torch.device(args.device)
+    unit = "CPU s" if device.type == "cpu" else "GPU s"
     print(
-        f"{args.model_type}, {parameters / 1e6:,.0f}M parameters, vocabulary {args.vocab:,}, {args.dtype}, attention {args.attn}, "
-        f"gradient checkpointing {'on' if args.gradient_checkpointing else 'off'}; {args.repeats} repeats of "
-        f"{args.micro_batches} x {args.pairs_per_micro_batch} pairs"
+        f"{args.model_type}, {model.num_parameters() / 1e6:,.0f}M parameters, vocabulary {args.vocab:,}, {args.dtype}, "
+        f"attention {args.attn}, gradient checkpointing {'on' if args.gradient_checkpointing else 'off'}; "
+        f"{args.repeats} repeats of {args.micro_batches} x {args.pairs_per_micro_batch} pairs"
     )
-    print(f"tokens padded : distinct {padded:,} : {distinct:,} = {padded / distinct:.2f}; equal losses")
+    print(f"tokens padded : distinct = {padded:,} : {distinct:,} = {padded / distinct:.2f}; equal losses")
+    print(f"{'':10}{unit + ' per pair':>24}{'distinct tokens/s':>20}{'peak memory':>14}{'published / it':>22}{'trl / it':>22}")
     for name, own in seconds.items():
-        per_pair = [value / pairs for value in own]
-        against = [f"{other} / {name} {ratio(seconds[other], own)}" for other in ("published", "trl") if other in seconds]
+        low, middle, high = (value / pairs for value in (min(own), statistics.median(own), max(own)))
+        ratios = (ratio(seconds[other], own) if other in seconds else "" for other in ("published", "trl"))
         print(
-            f"{name:10}{statistics.median(per_pair):8.3f} {kind} s per pair ({min(per_pair):.3f} to {max(per_pair):.3f})"
-            f"{distinct / statistics.median(own):10,.0f} distinct tokens/s{peaks[name]:8.2f} GB   {'   '.join(against)}"
+            f"{name:10}{f'{middle:.3f} ({low:.3f} to {high:.3f})':>24}{distinct / statistics.median(own):20,.0f}"
+            f"{peaks[name]:11.2f} GB" + "".join(f"{text:>22}" for text in ratios)
         )
     if "packed" in seconds:
-        packed = statistics.median(seconds["packed"])
-        share = collator_seconds(micro_batches) / packed
-        print(f"packed collator and layout: {share:.2%} of a step{'' if share < 0.02 else ', more than the 2 % it may take'}")
-        body, head = dense_flops(model.config, trainable_share=1.0)
-        flops, rate = body * distinct + head * scored, matmul_rate(device, model.dtype)
-        print(
-            f"floor: {flops / rate / pairs:.3f} {kind} s per pair, the distinct tokens' {flops / pairs:.3g} FLOPs at the "
-            f"{rate:.3g} FLOP/s of a matrix product here; packed takes {packed * rate / flops:.2f} times that"
-        )
-        if device.type == "cuda":
-            peak = get_peak_flops(torch.cuda.get_device_name(device), args.dtype)
-            print(f"MFU of packed, on distinct tokens: {flops / packed / peak:.3f}")
+        report_packed(model, micro_batches, statistics.median(seconds["packed"]), distinct, scored)
     print(f"{machine()}, {torch.get_num_threads()} threads, {versions()}")
+
+
+def report_packed(model: PreTrainedModel, micro_batches: list[list[Row]], seconds: float, distinct: int, scored: int) -> None:
+    """How far `seconds` for the forward and backward of all micro-batches is from what their tokens must cost."""
+    share = collator_seconds(micro_batches) / seconds
+    print(f"packed collator and layout: {share:.2%} of a step{'' if share < 0.02 else ', more than the 2 % it may take'}")
+    body, head = dense_flops(model.config, trainable_share=1.0)
+    flops, rate = body * distinct + head * scored, matmul_rate(model.device, model.dtype)
+    print(
+        f"floor: {flops / rate / sum(map(len, micro_batches)):.3f} s per pair, the FLOPs of the distinct tokens at the "
+        f"{rate:.3g} FLOP/s of a matrix product here, nothing computed twice; packed takes {seconds * rate / flops:.2f} of it"
+    )
+    name = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else ""
+    if (peak := get_peak_flops(name, str(model.dtype).removeprefix("torch."))) is not None:
+        print(f"MFU of packed, on distinct tokens: {flops / seconds / peak:.3f}")
 
 
 def versions() -> str:

@@ -73,12 +73,12 @@ def write_model() -> None:
 
 
 def launch(script: str, recipe: str) -> None:
-    """Run a stage. Where it fails its own error stands last on the screen, and this program ends with its status."""
+    """Run a stage. Where it fails its own error stands last on the screen, and the exit status is 1."""
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
     command = [*launcher, "--config_file", "accelerate_configs/cpu.yaml", script, recipe]
     status = subprocess.run(command, env={**os.environ, **ENVIRONMENT}).returncode
     if status != 0:
-        sys.exit(status)
+        sys.exit(1)
 
 
 def summary(metrics: Sequence[dict], requests: Sequence[str], before: Sequence[str], after: Sequence[str]) -> str:
@@ -90,6 +90,7 @@ def summary(metrics: Sequence[dict], requests: Sequence[str], before: Sequence[s
         ("reward accuracy", *(f"{record['eval_rewards/accuracies']:.1%}" for record in (first, last))),
         ("reward margin", *(f"{record['eval_rewards/margins']:.2f}" for record in (first, last))),
         ("responses that follow the rule", *(f"{rule_score(requests, sampled):.1%}" for sampled in (before, after))),
+        ("words per response", *(f"{mean_words(sampled):.1f}" for sampled in (before, after))),
     ]
     lines = [f"{name:32}{start:>10}{end:>10}" for name, start, end in table]
     note = (
@@ -97,8 +98,8 @@ def summary(metrics: Sequence[dict], requests: Sequence[str], before: Sequence[s
         f"temperature {TEMPERATURE}. The rule: a response {RULE}. The first three:"
     )
     lines += ["", textwrap.fill(note, WIDTH)]
-    for request, first_response, last_response in list(zip(requests, before, after, strict=True))[:3]:
-        lines += ["", f"    {request}", shown("before", request, first_response), shown("after", request, last_response)]
+    for request, old, new in list(zip(requests, before, after, strict=True))[:3]:
+        lines += ["", f"    {request}", shown("before", request, old), shown("after", request, new)]
     lines += ["", f"model   {SIMPO}", f"card    {SIMPO / 'README.md'}", f"curves  {SIMPO / 'curves.png'}"]
     return "\n".join(lines)
 
@@ -106,6 +107,10 @@ def summary(metrics: Sequence[dict], requests: Sequence[str], before: Sequence[s
 def rule_score(requests: Sequence[str], responses: Sequence[str]) -> float:
     """Share of the responses that follow the rule."""
     return sum(map(follows_rule, requests, responses)) / len(requests)
+
+
+def mean_words(responses: Sequence[str]) -> float:
+    return sum(len(response.split()) for response in responses) / len(responses)
 
 
 def shown(when: str, request: str, response: str) -> str:

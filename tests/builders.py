@@ -132,7 +132,7 @@ def text_rows(count: int, seed: int = 0, *, preprocessing: str = "published") ->
     """`pairs` as text, in the template of `bpe_tokenizer`."""
     rows = split_pairs(pairs(count, seed))
     batch = {column: [row[column] for row in rows] for column in TEXT_COLUMNS}
-    texts = pair_texts(batch, bpe_tokenizer(), preprocessing=preprocessing, add_system=False)
+    texts = pair_texts(batch, list(range(count)), bpe_tokenizer(), preprocessing=preprocessing, add_system=False)
     return [dict(zip(TEXT_COLUMNS, row, strict=True)) for row in zip(*(texts[key] for key in TEXT_COLUMNS), strict=True)]
 
 

@@ -205,7 +205,8 @@ def test_supervised_tuning_and_then_simpo_run_from_one_folder_to_the_next(prepro
 
 
 def test_a_lora_run_saves_an_adapter_that_loads_onto_its_base(workspace, tmp_path):
-    recipe = recipe_file(workspace, tmp_path, use_peft=True, lora_r=4, lora_target_modules=["all-linear"], gradient_checkpointing=True)
+    adapter = {"use_peft": True, "lora_r": 4, "lora_target_modules": ["all-linear"]}
+    recipe = recipe_file(workspace, tmp_path, gradient_checkpointing=True, **adapter)
     run(SIMPO, [recipe])
     assert not (tmp_path / "run/model.safetensors").exists()
     model = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "run")

@@ -115,7 +115,7 @@ def test_published_text_gets_an_empty_system_turn_where_the_template_says_system
 def test_no_system_turn_is_added_to_one_or_against_the_recipe(prompt, add_system):
     tokenizer = with_template(shipped_template("zephyr"))
     text = published_pair_text({**ROW, "prompt": prompt}, tokenizer, add_system=add_system)
-    assert text["prompt"] == render(tokenizer, prompt)
+    assert text["prompt"] == render(prompt, tokenizer)
     assert not text["system_added"]
 
 
@@ -165,15 +165,15 @@ def test_exact_text_gives_the_assistants_header_to_the_prompt(template, prompt_e
     text = exact_pair_text(ROW, tokenizer)
     assert text["prompt"].endswith(prompt_end)
     assert (text["chosen"], text["rejected"]) == (f"Because.{response_end}", f"No.{response_end}")
-    assert text["prompt"] + text["chosen"] == render(tokenizer, ROW["prompt"] + ROW["chosen"])
+    assert text["prompt"] + text["chosen"] == render(ROW["prompt"] + ROW["chosen"], tokenizer)
 
 
 @pytest.mark.parametrize("template", [shipped_template("zephyr"), QWEN_LIKE], ids=["zephyr", "Qwen2.5"])
 def test_exact_text_gets_no_empty_system_turn(template):
     tokenizer = with_template(template)
     batch = {key: [turns] for key, turns in ROW.items()}
-    texts = pair_texts(batch, tokenizer, preprocessing="exact", add_system=True)
-    assert texts["prompt"] == [render(tokenizer, [QUESTION], generation_prompt=True)]
+    texts = pair_texts(batch, [0], tokenizer, preprocessing="exact", add_system=True)
+    assert texts["prompt"] == [render([QUESTION], tokenizer, generation_prompt=True)]
     assert texts["system_added"] == [False]
 
 
@@ -188,7 +188,7 @@ def test_a_template_that_writes_an_answered_prompt_differently_is_refused_in_exa
 
 def test_a_template_that_refuses_a_conversation_is_reported_with_its_words_and_the_roles():
     with pytest.raises(UserError, match=r"roles \(system, user\): Conversation roles must alternate.*chat_template"):
-        render(with_template(STRICT), [SYSTEM, QUESTION])
+        render([SYSTEM, QUESTION], with_template(STRICT))
 
 
 def test_a_template_that_cannot_render_a_response_alone_is_refused_in_published_mode():
@@ -198,13 +198,13 @@ def test_a_template_that_cannot_render_a_response_alone_is_refused_in_published_
 
 def test_a_template_with_a_mistake_in_it_is_reported():
     with pytest.raises(UserError, match="chat_template"):
-        render(with_template("{% for m in messages %}"), [QUESTION])
+        render([QUESTION], with_template("{% for m in messages %}"))
 
 
 def test_conversations_are_rendered_whole_with_the_empty_system_turn_of_published_mode():
     tokenizer = with_template(shipped_template("zephyr"))
     batch = {"messages": [[QUESTION, *ROW["chosen"]]]}
-    (published,) = message_texts(batch, tokenizer, preprocessing="published", add_system=True)["text"]
-    (exact,) = message_texts(batch, tokenizer, preprocessing="exact", add_system=True)["text"]
+    (published,) = message_texts(batch, [0], tokenizer, preprocessing="published", add_system=True)["text"]
+    (exact,) = message_texts(batch, [0], tokenizer, preprocessing="exact", add_system=True)["text"]
     assert exact == "<|user|>\nWhy?<|eot_id|>\n<|assistant|>\nBecause.<|eot_id|>\n"
     assert published == f"<|system|>\n<|eot_id|>\n{exact}"

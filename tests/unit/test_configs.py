@@ -166,8 +166,6 @@ def test_quantised_weights_are_trained_with_an_adapter_and_in_one_precision():
     assert ModelArguments(load_in_4bit=True, use_peft=True).load_in_4bit
 
 
-@pytest.mark.parametrize(
-    "settings", [{"lora_r": 0}, {"lora_alpha": -1}, {"lora_dropout": 1.0}, {"lora_dropout": math.nan}]
-)
+@pytest.mark.parametrize("settings", [{"lora_r": 0}, {"lora_alpha": -1}, {"lora_dropout": 1.0}, {"lora_dropout": math.nan}])
 def test_an_adapter_has_a_rank_a_scale_and_a_dropout_below_1(settings):
     assert refused(ModelArguments, **settings) == list(settings)

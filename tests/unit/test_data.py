@@ -109,9 +109,7 @@ def parquet_folder_as_on_the_hub() -> None:
 
 
 def saved_dataset_dict() -> None:
-    DatasetDict({"train": Dataset.from_list(pairs(4)), "test": Dataset.from_list(pairs(2, "t"))}).save_to_disk(
-        "source"
-    )
+    DatasetDict({"train": Dataset.from_list(pairs(4)), "test": Dataset.from_list(pairs(2, "t"))}).save_to_disk("source")
 
 
 def saved_dataset_per_split() -> None:
@@ -192,11 +190,11 @@ def test_a_single_saved_dataset_is_treated_like_a_file(name, purpose):
 
 def test_a_saved_dataset_in_a_read_only_folder_is_read_and_nothing_is_written_beside_it(monkeypatch):
     Dataset.from_list(pairs(3)).save_to_disk("saved")
-    before = sorted(os.listdir("saved"))
+    before = sorted(Path("saved").iterdir())
     monkeypatch.setattr(sources.os, "access", lambda path, mode: False)
     mixed, _ = read({"saved": 1.0})
     assert sorted(questions(mixed["train"])) == ["q0", "q1", "q2"]
-    assert sorted(os.listdir("saved")) == before
+    assert sorted(Path("saved").iterdir()) == before
 
 
 def test_a_path_may_start_with_a_tilde(monkeypatch, own_folder):
@@ -254,11 +252,10 @@ def test_a_config_for_a_local_source_is_refused_and_null_or_default_is_not():
 
 def test_a_source_that_is_nowhere_is_one_line_with_what_was_tried_and_what_would_work(own_folder):
     message = error_of({"owner/pairs": 1.0})
-    assert message.startswith(
-        f"owner/pairs: no file or folder of this name, seen from {own_folder}, and the Hub gave none"
-    )
+    assert message.startswith(f"owner/pairs: no file or folder of this name, seen from {own_folder}, and the Hub gave none")
     assert "Couldn't reach 'owner/pairs' on the Hub" in message
-    assert "hf auth login" in message and "local path" in message
+    assert "hf auth login" in message
+    assert "local path" in message
     assert "\n" not in message
 
 
@@ -285,7 +282,8 @@ def test_a_glob_without_a_match_is_an_error():
 def test_a_folder_without_data_is_an_error_that_says_what_it_should_hold():
     write("source/notes.txt", [])
     message = error_of({"source": 1.0})
-    assert message.startswith("source: holds no dataset") and "train.jsonl" in message
+    assert message.startswith("source: holds no dataset")
+    assert "train.jsonl" in message
 
 
 @pytest.mark.parametrize(
@@ -602,7 +600,8 @@ def test_a_malformed_row_is_kept_by_published_and_refused_or_dropped_by_exact(ro
 
     message = error_of({"pairs": 1.0}, preprocessing="exact")
     assert message.splitlines()[0] == place
-    assert "bad_rows: drop" in message and f"{reason} 1" in message
+    assert "bad_rows: drop" in message
+    assert f"{reason} 1" in message
 
     mixed, reports = read({"pairs": 1.0}, preprocessing="exact", bad_rows="drop")
     assert sorted(questions(mixed["train"])) == ["q0", "q1"]
@@ -667,8 +666,7 @@ def test_bad_rows_of_all_sources_are_told_at_once_the_first_few_by_place():
         "a/train.jsonl, row 1: the last turn of chosen is empty",
         "a/train.jsonl, row 2: the last turn of chosen is empty",
         "...",
-        "bad rows: empty response 1,203, last turn is not the assistant's 1; "
-        "bad_rows: drop leaves out what is malformed",
+        "bad rows: empty response 1,203, last turn is not the assistant's 1; bad_rows: drop leaves out what is malformed",
     ]
 
 
@@ -736,9 +734,7 @@ def test_a_conversation_that_cannot_be_read_is_an_error():
 
 def test_sources_with_different_columns_and_types_mix():
     write("a.jsonl", [{**pair("a"), "prompt": "text", "score": 1.5}])
-    write(
-        "b.jsonl", [{"prompt": [user("b")], "chosen": [assistant("c")], "rejected": [{**assistant("r"), "name": "n"}]}]
-    )
+    write("b.jsonl", [{"prompt": [user("b")], "chosen": [assistant("c")], "rejected": [{**assistant("r"), "name": "n"}]}])
     assert sorted(questions(read({"a.jsonl": 1.0, "b.jsonl": 1.0})[0]["train"])) == ["a", "b"]
 
 

@@ -360,9 +360,7 @@ def test_warmup_steps_beat_the_ratio_as_they_always_did(write):
 def test_a_ratio_on_the_command_line_still_beats_the_recipe(write):
     assert parse(write("warmup_steps: 100"), "--warmup_ratio=0.25").warmup_steps == 0.25
     assert parse(write("evaluation_strategy: epoch"), "--eval_strategy=no").eval_strategy == "no"
-    assert (
-        parse(write("activation_checkpointing: true"), "--no_gradient_checkpointing").activation_checkpointing is False
-    )
+    assert parse(write("activation_checkpointing: true"), "--no_gradient_checkpointing").activation_checkpointing is False
 
 
 @pytest.mark.parametrize("ratio", ["1.0", "-0.1", "ten"])
@@ -405,9 +403,7 @@ def test_a_misspelt_key_is_refused_with_a_suggestion(write):
 
 
 def test_a_misspelt_old_key_is_suggested_as_well():
-    assert complaints("--warmup_rato=0.1") == [
-        "--warmup_rato=0.1: unknown key 'warmup_rato' (did you mean 'warmup_ratio'?)"
-    ]
+    assert complaints("--warmup_rato=0.1") == ["--warmup_rato=0.1: unknown key 'warmup_rato' (did you mean 'warmup_ratio'?)"]
 
 
 def test_a_section_is_refused_because_a_recipe_is_flat(write):

@@ -124,12 +124,13 @@ def test_the_summary_compares_the_first_evaluation_with_the_last():
     records = [{"eval_rewards/accuracies": value / 100, "eval_rewards/margins": value} for value in (55, 70, 95)]
     good, bad = "Certainly, two red cups. I am glad to help.", "That depends on many things. I have no time. " * 4
     text = quickstart.summary([{"step": 1, "loss": 1.0}, *records], [REQUEST] * 4, [good, bad, bad, bad], [good] * 4)
-    cells = {line[:32].strip(): line[32:].split() for line in text.splitlines()[:4]}
+    cells = {line[:32].strip(): line[32:].split() for line in text.splitlines()[:5]}
     assert cells == {
         "": ["before", "after"],
         "reward accuracy": ["55.0%", "95.0%"],
         "reward margin": ["55.00", "95.00"],
         "responses that follow the rule": ["25.0%", "100.0%"],
+        "words per response": ["29.2", "9.0"],  # (9 + 3 x 36) / 4
     }
     assert max(map(len, text.splitlines())) <= quickstart.WIDTH
 
@@ -138,5 +139,5 @@ def test_a_stage_that_fails_ends_the_quickstart_with_its_status_and_no_traceback
     monkeypatch.chdir(quickstart.ROOT)
     with pytest.raises(SystemExit) as stopped:
         quickstart.launch("scripts/no_such_stage.py", "recipe.yaml")
-    assert stopped.value.code not in (0, None)
+    assert stopped.value.code == 1
     assert "Traceback" not in capfd.readouterr().err

@@ -1,0 +1,62 @@
+"""The README says what is in the tree."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+TREE = re.search(r"## The tree\n\n```\n(.*?)```", README, re.DOTALL)[1]
+RECIPE_ROWS = re.findall(r"^\| (`[\w.-]+\.yaml`[^|]*) \| ([^|]+) \| ([^|]+) \|", README, re.MULTILINE)
+
+
+def named_recipes(cell: str) -> list[str]:
+    """`a-lora.yaml`, `-qlora.yaml` stands for two files."""
+    first, *rest = re.findall(r"`([\w.-]+)`", cell)
+    return [first, *(first.rsplit("-", 1)[0] + name for name in rest)]
+
+
+def test_the_tree_has_a_line_for_every_file_of_the_code():
+    code = [path for folder in ("alignment", "scripts", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
+    missing = [path.name for path in code if path.name != "__init__.py" and path.name not in TREE]
+    assert missing == []
+
+
+def test_every_file_in_the_tree_exists():
+    names = re.findall(r"[\w/]+\.(?:py|txt)\b", TREE)
+    assert len(names) > 20
+    assert [name for name in names if not list(ROOT.glob(name)) and not list(ROOT.glob(f"*/{name}"))] == []
+
+
+def test_the_table_names_every_recipe():
+    named = {name for cell, _, _ in RECIPE_ROWS for name in named_recipes(cell)}
+    assert named == {path.name for path in (ROOT / "training_configs").glob("*.yaml")}
+
+
+@pytest.mark.parametrize(("cell", "model", "numbers"), RECIPE_ROWS, ids=[cell for cell, _, _ in RECIPE_ROWS])
+def test_the_table_repeats_the_recipes(cell, model, numbers):
+    for name in named_recipes(cell):
+        recipe = yaml.safe_load((ROOT / "training_configs" / name).read_text(encoding="utf-8"))
+        assert recipe["model_name_or_path"] == model
+        if re.match(r"[\d.]+, ", numbers):
+            beta, gamma, rate = (float(number) for number in numbers.split(", "))
+            assert (recipe["beta"], recipe["gamma_beta_ratio"], float(recipe["learning_rate"])) == (beta, gamma, rate)
+
+
+def test_the_commands_name_files_that_exist():
+    paths = re.findall(r"(?:accelerate_configs|training_configs|scripts|benchmarks)/[\w/.-]+\.(?:yaml|py)", README)
+    assert len(paths) >= 4
+    assert [path for path in paths if not (ROOT / path).is_file()] == []
+
+
+def test_the_make_targets_exist():
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    assert set(re.findall(r"^make (\w+)", README, re.MULTILINE)) <= targets
+
+
+def test_the_python_example_is_python():
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    ast.parse(example)

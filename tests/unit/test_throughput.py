@@ -1,0 +1,55 @@
+"""Speed is counted in distinct tokens over the seconds of steps, on all processes."""
+
+import pytest
+import torch
+from accelerate import Accelerator
+from transformers import LlamaConfig
+
+from alignment.throughput import Throughput, TokenCounts, dense_flops
+from tests.builders import SIZES, tiny_model
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def clock(monkeypatch) -> list[float]:
+    """The times that the clock will tell, in order."""
+    times: list[float] = []
+    monkeypatch.setattr("alignment.throughput.time.perf_counter", lambda: times.pop(0))
+    return times
+
+
+def test_tokens_per_second_are_distinct_tokens_over_the_seconds_within_steps(clock):
+    clock += [0.0, 10.0, 12.0, 100.0, 103.0]  # made; a step of 2 s; 88 s of something else; a step of 3 s
+    throughput = Throughput(LlamaConfig(**SIZES), 1.0, CPU)
+    for counts in (TokenCounts(distinct=60, padded=100, scored=40), TokenCounts(distinct=40, padded=100, scored=30)):
+        throughput.start_step()
+        throughput.counts.append(counts)
+        throughput.end_step()
+    figures = throughput.flush(Accelerator(cpu=True))
+    assert figures["tokens_per_second"] == pytest.approx(100 / 5)
+    assert figures["tokens_saved"] == pytest.approx(1 - 100 / 200)
+    assert figures["peak_memory_gb"] > 0
+    assert "mfu" not in figures  # nobody knows the peak of this processor
+    assert throughput.flush(Accelerator(cpu=True)) == {}
+
+
+def test_utilization_is_the_work_of_distinct_and_scored_tokens_over_the_device_s_peak(clock):
+    clock += [0.0, 0.0, 2.0]
+    throughput = Throughput(LlamaConfig(**SIZES), 1.0, CPU)
+    throughput.peak_flops = 1e6
+    throughput.start_step()
+    throughput.counts.append(TokenCounts(distinct=10, padded=20, scored=4))
+    throughput.end_step()
+    body, head = throughput.step_flops
+    assert throughput.flush(Accelerator(cpu=True))["mfu"] == pytest.approx((10 * body + 4 * head) / 2 / 1e6)
+
+
+@pytest.mark.parametrize(("share", "passes"), [(1.0, 3), (0.0, 2)], ids=["whole model", "frozen model"])
+def test_a_step_costs_two_operations_a_weight_and_pass(share, passes):
+    """Each weight of a matrix is one multiplication and one addition per token: forward, and once or twice backward."""
+    model = tiny_model()
+    body, head = dense_flops(model.config, share)
+    layers = sum(p.numel() for name, p in model.named_parameters() if "_proj" in name)
+    assert body == pytest.approx(passes * 2 * layers)
+    assert head == pytest.approx(passes * 2 * model.lm_head.weight.numel())
