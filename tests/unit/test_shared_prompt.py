@@ -216,17 +216,24 @@ def varlen(
     return torch.cat(outputs)
 
 
+class FlashCalls(NamedTuple):
+    """Which kernels were loaded, and the dropout of every varlen call."""
+
+    loaded: list[str]
+    dropouts: list[float]
+
+
 @pytest.fixture
-def flash_attn(monkeypatch) -> list[str]:
-    """transformers finds a flash-attn of ours, under its own names only. Yields the names that were loaded."""
-    loaded = []
+def flash_attn(monkeypatch) -> FlashCalls:
+    """transformers finds a flash-attn of ours, without dropout, under its own names only."""
+    calls = FlashCalls([], [])
 
     def flash_attn_varlen_func(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None,
         causal=False, window_size=(-1, -1), softcap=0.0, deterministic=False,
     ):  # fmt: skip
+        calls.dropouts.append(dropout_p)
         assert causal
-        assert not dropout_p
         assert max_seqlen_q == cu_seqlens_q.diff().max()
         assert max_seqlen_k == cu_seqlens_k.diff().max()
         return varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, window_size[0], softmax_scale, softcap or None)
@@ -241,7 +248,7 @@ def flash_attn(monkeypatch) -> list[str]:
     def load(implementation: str, *args: Any, **kwargs: Any) -> tuple[Callable | None, ...]:
         if implementation not in ("flash_attention_2", "flash_attention_3", "kernels-community/flash-attn2"):
             raise ImportError(f"no flash attention is called {implementation}")
-        loaded.append(implementation)
+        calls.loaded.append(implementation)
         pads = (flash_utils._pad_input, flash_utils._unpad_input)
         return (flash_attn_func, flash_attn_varlen_func, None, *pads)
 
@@ -249,7 +256,7 @@ def flash_attn(monkeypatch) -> list[str]:
     monkeypatch.setattr(flash_utils, "_loaded_implementation", None)
     monkeypatch.setattr(PreTrainedModel, "_flash_attn_can_dispatch", lambda *args, **kwargs: True)
     monkeypatch.setattr("transformers.modeling_utils.lazy_import_flash_attention", flash_utils.lazy_import_flash_attention)
-    return loaded
+    return calls
 
 
 @pytest.fixture
@@ -305,7 +312,7 @@ def test_flex_attends_as_one_softmax_over_the_row(window, softcap, flex_on_cpu):
 @pytest.mark.parametrize("window", WINDOWS)
 def test_flash_attends_as_one_softmax_over_the_row(window, softcap, implementation, flash_attn):
     assert_attends_as_the_whole_row(flash, window, softcap, implementation=implementation)
-    assert flash_attn == [implementation]
+    assert flash_attn.loaded == [implementation]
 
 
 class SaysCuda(Tensor):
@@ -412,7 +419,7 @@ def test_a_model_with_flash_attention_is_prepared_and_scores_packed_rows(kind, i
         use_shared_prompts(each)
     # Norms are rounded to float32.
     torch.testing.assert_close(scores(model, batch), scores(eager_model, batch), rtol=0, atol=1e-5)
-    assert set(flash_attn) == {implementation}
+    assert set(flash_attn.loaded) == {implementation}
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2"])
@@ -528,6 +535,25 @@ def test_attention_dropout_is_applied_to_packed_rows(attention):
     first, second = (scores(model, batch) for _ in range(2))
     assert not torch.equal(first, second)
     assert torch.equal(scores(model.eval(), batch), scores(model, batch))
+
+
+def test_attention_dropout_is_handed_to_flash_attention(flash_attn):
+    ask = ask_of(shared_prompt_layout(LENGTHS), implementation="flash_attention_2")._replace(dropout=0.5)
+    flash(*random_heads(sum(map(sum, LENGTHS))), ask)
+    assert flash_attn.dropouts == [0.5]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_prepared_model_without_a_layout_keeps_its_attention_dropout(attention):
+    def seeded(model: PreTrainedModel) -> Tensor:
+        torch.manual_seed(1)
+        return model(**padded([20, 4, 11], "right")).logits
+
+    model = tiny_model(attention_dropout=0.5, attn_implementation=attention).train()
+    before = seeded(model)
+    use_shared_prompts(model)
+    torch.testing.assert_close(seeded(model), before, rtol=0, atol=0)
+    assert not torch.equal(before, seeded(model.eval()))
 
 
 def test_flex_attention_refuses_dropout():
