@@ -15,6 +15,7 @@ import datasets
 import huggingface_hub.constants
 import transformers
 import yaml
+from accelerate import PartialState
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -74,6 +75,7 @@ def main(method: Method, argv: Sequence[str] | None = None) -> None:
     huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True
     try:
         run(method, argv)
+        PartialState().destroy_process_group()  # gloo's threads can abort a process that ends with them running
     except UserError as error:
         sys.exit(report(error, status=2))
     except TrainingStopped as error:
