@@ -193,7 +193,7 @@ def lengths(count: int, args: argparse.Namespace) -> list[tuple[int, int, int]]:
     rng = random.Random(0)
 
     def draw(median: int, sigma: float, longest: int) -> int:
-        return min(max(round(rng.lognormvariate(math.log(median), sigma)), 1), longest)
+        return min(max(round(rng.lognormvariate(math.log(median), args.spread * sigma)), 1), longest)
 
     def pair() -> tuple[int, int, int]:
         prompt = draw(args.prompt_tokens, 0.7, args.max_prompt_length)
@@ -377,6 +377,7 @@ def parse_arguments() -> argparse.Namespace:
     pairs.add_argument("--tokenizer", help="folder or Hub name; default: the tokenizer of tests/builders.py")
     pairs.add_argument("--prompt-tokens", type=int, default=32, help="median prompt of random pairs")
     pairs.add_argument("--response-tokens", type=int, default=300, help="median response of random pairs")
+    pairs.add_argument("--spread", type=float, default=1.0, help="how widely random lengths vary; 0: all are the medians")
     pairs.add_argument("--max-length", type=int, default=1024)
     pairs.add_argument("--max-prompt-length", type=int, default=512)
     run = parser.add_argument_group("run")
