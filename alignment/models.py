@@ -1,7 +1,6 @@
 """The tokenizer and the policy: where they come from, in which precision, with which adapter, without dropout."""
 
 import importlib.util
-import logging
 from typing import Any
 
 import torch
@@ -18,8 +17,6 @@ from transformers import (
 
 from .configs import DataArguments, ModelArguments
 from .errors import UserError
-
-logger = logging.getLogger(__name__)
 
 
 def load_tokenizer(model_args: ModelArguments, data_args: DataArguments) -> PreTrainedTokenizerBase:

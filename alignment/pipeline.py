@@ -28,7 +28,6 @@ from .data import get_datasets
 from .errors import TrainingStopped, UserError
 from .models import check_attention, check_model_path, load_tokenizer, lora_config, model_init_kwargs
 from .parser import H4ArgumentParser, full_recipe
-from .tokenization import LengthRules
 
 logger = logging.getLogger(__name__)
 
@@ -198,9 +197,8 @@ def tokenize_pair_rows(name: str, rows: Dataset, tokenizer: PreTrainedTokenizerB
     )
     if name == "train":
         log_samples(texts)
-    rules = LengthRules(args.length_limit, args.prompt_limit, args.truncation_mode, args.preprocessing)
-    tokens = prepare.to_tokens(texts, tokenizer, rules, num_proc=run_.workers)
-    notes = [prepare.describe_tokens(tokens, dropped=len(texts) - len(tokens), rules=rules)]
+    tokens = prepare.to_tokens(texts, tokenizer, args.length_rules, num_proc=run_.workers)
+    notes = [prepare.describe_tokens(tokens, dropped=len(texts) - len(tokens), rules=args.length_rules)]
     if args.preprocessing == "published":
         notes.append(prepare.describe_published(texts, tokens, tokenizer))
     return tokens, notes

@@ -3,7 +3,6 @@
 import hashlib
 import inspect
 import json
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,6 @@ from transformers import PreTrainedTokenizerBase
 from . import chat, tokenization
 from .errors import UserError
 from .tokenization import LengthRules
-
-logger = logging.getLogger(__name__)
 
 # Half the width of what datasets would infer, and no time spent on inferring it.
 TOKEN_FEATURES = Features(

@@ -9,6 +9,7 @@ from transformers import TrainingArguments
 
 from alignment.configs import RunArguments, choice_problem, positive_problem
 from alignment.errors import Problem
+from alignment.tokenization import LengthRules
 
 CHOICES = {
     "loss_type": ("sigmoid", "hinge"),
@@ -110,3 +111,7 @@ class SimPOConfig(RunArguments, TrainingArguments):
     @property
     def prompt_limit(self) -> int:
         return 128 if self.max_prompt_length is None else self.max_prompt_length
+
+    @property
+    def length_rules(self) -> LengthRules:
+        return LengthRules(self.length_limit, self.prompt_limit, self.truncation_mode, self.preprocessing)

@@ -96,7 +96,7 @@ class SimPOTrainer(Trainer):
 
         if args.max_length is None or args.max_prompt_length is None:
             logger.warning("max_length is %d and max_prompt_length %d tokens.", args.length_limit, args.prompt_limit)
-        rules = length_rules(args)
+        rules = args.length_rules
         train_dataset, eval_dataset = (
             tokenized(data, processing_class, rules, args.dataset_num_proc) for data in (train_dataset, eval_dataset)
         )
@@ -375,7 +375,7 @@ class SimPOTrainer(Trainer):
     def tokenize_row(self, feature: dict[str, str], model: PreTrainedModel | None = None) -> dict[str, list[int]]:
         """One text row in the published columns: {prompt, chosen, rejected}_input_ids and _attention_mask, and _labels."""
         batch = {column: [feature[column]] for column in TEXT_COLUMNS}
-        tokens = tokenize_pairs(batch, [0], self.processing_class, length_rules(self.args))
+        tokens = tokenize_pairs(batch, [0], self.processing_class, self.args.length_rules)
         row: dict[str, list[int]] = {}
         for side in SIDES:
             ids, prompt = tokens[f"{side}_input_ids"][0], tokens[f"{side}_prompt_length"][0]
@@ -452,10 +452,6 @@ def packs(model: PreTrainedModel, pair_layout: str) -> bool:
         raise UserError(f"pair_layout = packed: not possible with this model, because {reason}; use auto or padded")
     logger.info("Padded batches, each prompt computed twice: %s.", reason)
     return False
-
-
-def length_rules(args: SimPOConfig) -> LengthRules:
-    return LengthRules(args.length_limit, args.prompt_limit, args.truncation_mode, args.preprocessing)
 
 
 def tokenized(

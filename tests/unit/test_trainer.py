@@ -16,7 +16,7 @@ from alignment.collate import PaddedCollator
 from alignment.errors import TrainingStopped, UserError
 from alignment.prepare import to_tokens
 from scripts.simpo_config import SimPOConfig
-from scripts.simpo_trainer import NonFiniteLogps, SimPOTrainer, length_rules
+from scripts.simpo_trainer import NonFiniteLogps, SimPOTrainer
 from tests import reference
 from tests.builders import bpe_tokenizer, text_rows, tiny_model, token_rows
 
@@ -227,7 +227,7 @@ def test_bf16_autocast_trains_float32_weights_near_the_float32_run(build, layout
 def test_text_and_tokens_give_the_same_run(build, tokenizer):
     texts = Dataset.from_list(text_rows(4))
     from_text = build(rows=texts)
-    from_tokens = build(rows=to_tokens(texts, tokenizer, length_rules(from_text.args), num_proc=None))
+    from_tokens = build(rows=to_tokens(texts, tokenizer, from_text.args.length_rules, num_proc=None))
     torch.testing.assert_close(trained(from_text), trained(from_tokens), rtol=0, atol=0)
 
 
@@ -575,7 +575,7 @@ def test_tokenize_row_gives_the_published_columns(build, tokenizer, mode):
     trainer = build(max_length=60, max_prompt_length=30, truncation_mode=mode)
     for row in text_rows(6):
         columns = trainer.tokenize_row(row)
-        expected = reference.tokenize_row(row, tokenizer, length_rules(trainer.args))
+        expected = reference.tokenize_row(row, tokenizer, trainer.args.length_rules)
         masks = {f"{key}_attention_mask": [1] * len(columns[f"{key}_input_ids"]) for key in ("prompt", "chosen", "rejected")}
         assert columns == {**expected, **masks}
 
