@@ -26,3 +26,12 @@ class RunningMeans:
         names = list(self._totals)
         self._totals.clear()
         return dict(zip(names, means, strict=True))
+
+    def state(self) -> dict[str, list[str]]:
+        """What this process has summed up since the last flush: name -> sum and count, exact, as hexadecimal numbers."""
+        return {name: [value.hex() for value in item.tolist()] for name, item in self._totals.items()}
+
+    def restore(self, state: dict[str, list[str]], device: torch.device) -> None:
+        for name, item in state.items():
+            total, count = (torch.tensor(float.fromhex(value), dtype=torch.float64, device=device) for value in item)
+            self.add(name, total, count)

@@ -37,10 +37,20 @@ class Throughput:
     def end_step(self) -> None:
         self.seconds += time.perf_counter() - self.started
 
+    def state(self) -> list[float]:
+        """This process's distinct, padded and scored tokens, and seconds, since the last flush."""
+        sums = [sum(getattr(count, name) for count in self.counts) for name in ("distinct", "padded", "scored")]
+        return [*sums, self.seconds]
+
+    def restore(self, state: list[float]) -> None:
+        """Add what `state` gave to what has been counted since."""
+        *sums, seconds = state
+        self.counts.append(TokenCounts(*sums))
+        self.seconds += seconds
+
     def flush(self, accelerator: Accelerator) -> dict[str, float]:
         """Figures over all processes since the last flush, which must be called on all of them."""
-        counts = [sum(getattr(count, name) for count in self.counts) for name in ("distinct", "padded", "scored")]
-        local = torch.tensor([*counts, self.seconds], dtype=torch.float64, device=self.device)
+        local = torch.tensor(self.state(), dtype=torch.float64, device=self.device)
         distinct, padded, scored, seconds = accelerator.reduce(local, reduction="sum").tolist()
         self.counts, self.seconds = [], 0.0
         if not distinct or not seconds:

@@ -1,9 +1,8 @@
 """Tune a language model on conversations, the stage before SimPO: `accelerate launch ... scripts/run_sft.py RECIPE.yaml`."""
 
-from trl import SFTTrainer
-
 from alignment.pipeline import CONVERSATIONS, Method, main
 from scripts.sft_config import SFTConfig
+from scripts.sft_trainer import SFTTrainer
 
 if __name__ == "__main__":
     main(Method(config=SFTConfig, trainer=SFTTrainer, data=CONVERSATIONS))

@@ -14,10 +14,10 @@ import yaml
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import SFTTrainer
 
 from alignment.pipeline import CONVERSATIONS, PAIRS, Method, main, run
 from scripts.sft_config import SFTConfig
+from scripts.sft_trainer import SFTTrainer
 from scripts.simpo_config import SimPOConfig
 from scripts.simpo_trainer import SimPOTrainer
 from tests import builders, reference
@@ -97,7 +97,8 @@ def launched(workspace, tmp_path_factory) -> tuple[Path, str]:
     """The run folder of the launch command, and what it printed."""
     folder = tmp_path_factory.mktemp("launched")
     cache = {"HF_DATASETS_CACHE": str(folder / "cache")}
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/cpu.yaml"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=1"]
+    command = [*launch, "--config_file", "accelerate_configs/cpu.yaml"]
     done = subprocess.run(
         [*command, "scripts/run_simpo.py", recipe_file(workspace, folder), "--hub_token=hf_secret"],
         cwd=ROOT,
@@ -293,7 +294,7 @@ def test_weights_that_are_not_finite_stop_the_run_with_status_1_and_the_rows(wor
 
 
 def test_a_resumed_run_ends_with_the_weights_and_log_of_an_unbroken_one(workspace, tmp_path):
-    recipe = recipe_file(workspace, tmp_path, save_strategy="steps", save_steps=2, num_train_epochs=2)
+    recipe = recipe_file(workspace, tmp_path, save_strategy="steps", save_steps=2, save_total_limit=9, num_train_epochs=2)
     run(SIMPO, [recipe])
     unbroken, log = load_file(tmp_path / "run/model.safetensors"), jsonl(tmp_path / "run/metrics.jsonl")
     for later in ("checkpoint-4", "checkpoint-6", "checkpoint-8", "model.safetensors"):

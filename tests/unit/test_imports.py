@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[2]
 ORDER = [
     "__init__",
     "errors",
+    "strategy",
     "losses",
     "chat",
     "tokenization",
@@ -23,14 +24,20 @@ ORDER = [
     "data",
     "prepare",
     "models",
+    "adapters",
     "head",
     "shared_prompt",
     "throughput",
     "collate",
     "metrics",
+    "guards",
     "card",
     "checkpoints",
+    "run_folder",
+    "signals",
+    "durable",
     "review",
+    "failures",
     "pipeline",
 ]
 CODE_FOLDERS = ("alignment", "scripts", "on_policy_data_gen", "eval", "benchmarks")

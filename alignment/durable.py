@@ -1,0 +1,283 @@
+"""What every trainer here adds to the HF Trainer so that a run survives what happens to runs."""
+
+import json
+import logging
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_pt_utils import get_model_param_count
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
+
+from .checkpoints import RECIPE_FILE, STAGING, Identity, newest_whole, numbered, prune, publish, seal, size
+from .errors import TrainingStopped
+from .run_folder import write_status
+from .signals import RunInterrupted, StopSignals
+
+logger = logging.getLogger(__name__)
+
+TRAINER_STATE = "trainer_state.json"
+WHOLE_COPY = "DDP or one process"
+
+
+class EvaluationCut(Exception):
+    """All processes agreed to leave an evaluation, because one of them was asked to stop."""
+
+
+class DurableTrainer(Trainer):
+    """A Trainer whose checkpoints are whole or absent, and which stops, on all processes at once, where it can go on.
+
+    identity, stop: set by the pipeline; without them checkpoints name no run, and signals are not listened to.
+    evaluation_due: the checkpoint that is resumed was saved in place of an evaluation, which then comes first.
+    """
+
+    identity: Identity | None = None
+    evaluation_due = False
+    is_stopping = False
+    saved_at = 0.0  # monotonic clock
+    saved_step = -1
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        self.stop = StopSignals()
+        super().__init__(*args, **kwargs)
+        self.add_callback(StepEnds(self))
+
+    # ---- Training ----
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As the Trainer's; resume_from_checkpoint = True means the newest whole checkpoint.
+
+        Raises RunInterrupted, with everything saved, if a process was asked to stop.
+        """
+        if resume_from_checkpoint is True:
+            newest = newest_whole(Path(self.args.output_dir))
+            resume_from_checkpoint = None if newest is None else str(newest.path)
+        self.saved_at = time.monotonic()
+        if self.evaluation_due:
+            self.args.eval_on_start = True
+        output = super().train(resume_from_checkpoint, *args, **kwargs)
+        if self.is_stopping:
+            raise RunInterrupted(self.interruption())
+        return output
+
+    def interruption(self) -> str:
+        name = self.stop.received.name if self.stop.received else "a signal to another process"
+        saved = (
+            f"its checkpoint is whole, and the same command goes on from step {self.saved_step}"
+            if self.saved_step == self.state.global_step
+            else "it could not be saved"
+        )
+        return f"stopped by {name} after step {self.state.global_step} of {self.state.max_steps}; {saved}."
+
+    def agree(self, *wishes: bool) -> list[bool]:
+        """Whether any process has each wish. To be called by all of them, at the same point."""
+        if self.args.world_size == 1:
+            return list(wishes)
+        return (self.accelerator.reduce(torch.tensor(wishes, device=self.args.device).float()) > 0).tolist()
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super()._maybe_log_save_evaluate(*args, **kwargs)
+        except EvaluationCut:
+            self.evaluation_due = self.is_stopping = True
+            self.control.should_training_stop = True
+            self._save_checkpoint(self.model, trial=None)
+
+    # ---- Evaluation ----
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As the Trainer's, leaving the random numbers of training where they were."""
+        with torch.random.fork_rng(devices=[self.args.device] if self.args.device.type == "cuda" else []):
+            metrics = super().evaluate(*args, **kwargs)
+        if self.evaluation_due:
+            self.evaluation_due = self.args.eval_on_start = False
+            self._determine_best_metric(metrics=metrics, trial=None)
+        return metrics
+
+    # ---- Checkpoints ----
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """Where checkpoints are written, and where the Trainer looks for old ones to delete: it finds none."""
+        return str(Path(self.args.output_dir, STAGING))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write, describe, then rename into place; what fails leaves the older checkpoints as they were.
+
+        Raises TrainingStopped if it fails and the recipe, or the strategy, cannot go on without.
+        """
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        staged, target = Path(self._get_output_dir(trial), name), Path(self.args.output_dir, name)
+        first = self.is_world_process_zero()
+        problem = self.no_room() if first else None
+        for part in (lambda: self.write(staged, target, trial), lambda: self.publish(staged, target)):
+            if self.agree(bool(problem))[0]:
+                break
+            problem = self.attempt(part)
+        if self.agree(bool(problem))[0]:
+            self.give_up_saving(staged, problem or "it failed on another process")
+            return
+        self.saved_at, self.saved_step = time.monotonic(), self.state.global_step
+        if first:
+            run_id = self.identity and self.identity.run_id
+            prune(Path(self.args.output_dir), self.args.save_total_limit, run_id, self.state.best_model_checkpoint)
+            if self.identity:
+                write_status(Path(self.args.output_dir), "training", step=self.saved_step, max_steps=self.state.max_steps)
+        if self.args.push_to_hub:
+            super()._push_from_checkpoint(str(target))
+
+    def attempt(self, part: Callable[[], None]) -> str | None:
+        """Do a part of saving; what was wrong, if the other processes can be told.
+
+        Raises TrainingStopped where they cannot, because they are waiting inside the same part.
+        """
+        try:
+            part()
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch.save reports a full disk as RuntimeError
+            if self.args.world_size > 1 and (layout(self.accelerator) != WHOLE_COPY or self.state.best_global_step):
+                raise TrainingStopped(self.unsaved(str(error))) from error
+            return str(error) or type(error).__name__
+        return None
+
+    def write(self, staged: Path, target: Path, trial: Any) -> None:
+        """The Trainer's files; the recipe; and the best checkpoint under the name that it is going to have."""
+        if self.is_world_process_zero():
+            shutil.rmtree(staged.parent, ignore_errors=True)
+        super()._save_checkpoint(self.model, trial)
+        if not self.is_world_process_zero():
+            return
+        if self.state.best_model_checkpoint == str(staged):
+            self.state.best_model_checkpoint = str(target.resolve())
+            self.state.save_to_json(str(staged / TRAINER_STATE))
+        if self.identity:
+            (staged / RECIPE_FILE).write_text(self.identity.recipe, encoding="utf-8")
+
+    def publish(self, staged: Path, target: Path) -> None:
+        if self.is_world_process_zero():
+            seal(staged, self.facts())
+            publish(staged, target)
+
+    def facts(self) -> dict[str, Any]:
+        """What the manifest says beside the files."""
+        identity = self.identity._asdict() if self.identity else {}
+        return {
+            "step": self.state.global_step,
+            "resumable": not self.args.save_only_model,
+            "evaluation_due": self.evaluation_due,
+            **{key: value for key, value in identity.items() if key != "recipe"},
+        }
+
+    def no_room(self) -> str | None:
+        """Why a checkpoint does not fit on the disk, as far as can be told before it is written."""
+        output_dir = Path(self.args.output_dir)
+        written = [size(folder) for folder in numbered(output_dir).values()]
+        needed, free = max(written, default=self.expected_size()), shutil.disk_usage(output_dir).free
+        if needed <= free:
+            return None
+        return f"it needs about {needed / 1e9:.3g} GB and the disk has {free / 1e9:.3g} GB left"
+
+    def expected_size(self) -> int:
+        """Bytes of a first checkpoint: weights, and two float32 moments of each trained parameter."""
+        trained = get_model_param_count(self.model, trainable_only=True)
+        saved = trained if getattr(self.model, "peft_config", None) else get_model_param_count(self.model)
+        return 4 * saved + 8 * trained
+
+    def give_up_saving(self, staged: Path, problem: str) -> None:
+        if self.is_world_process_zero():
+            shutil.rmtree(staged.parent, ignore_errors=True)
+        if self.args.on_save_failure == "stop" and not self.is_stopping:
+            raise TrainingStopped(self.unsaved(problem))
+        logger.error("%s Training goes on, because on_save_failure = continue.", self.unsaved(problem))
+
+    def unsaved(self, problem: str) -> str:
+        left = sorted(numbered(Path(self.args.output_dir)))
+        kept = f"The last whole checkpoint is that of step {left[-1]}." if left else "There is no older checkpoint."
+        return f"step {self.state.global_step}: the checkpoint could not be saved: {problem}. {kept}"
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Nothing: the Trainer calls this before the checkpoint is whole; `_save_checkpoint` pushes it afterwards."""
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        # A pickle of the arguments, hub_token among them; the recipe beside it says the same in YAML.
+        folder = Path(output_dir or self.args.output_dir)
+        folder.joinpath("training_args.bin").unlink(missing_ok=True)
+        for weights in folder.glob("*.safetensors") if self.args.should_save else ():
+            weights.chmod(0o644)  # safetensors leaves 0600: a group could not read the model
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Also what has been summed up since the last log, which a resumed run goes on with."""
+        super()._save_rng_state(output_dir)
+        since_log = {
+            "loss": float(self._tr_loss).hex(),
+            "last_logged_step": self._globalstep_last_logged,
+            "processes": self.args.world_size,
+            "sums": self.sums_since_log(),
+        }
+        path = Path(output_dir, f"since_last_log_{self.args.process_index}.json")
+        path.write_text(json.dumps(since_log), encoding="utf-8")
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        path = Path(checkpoint or "", f"since_last_log_{self.args.process_index}.json")
+        since_log = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if since_log.get("processes") == self.args.world_size:  # sums of other processes do not add up to these
+            self._tr_loss += float.fromhex(since_log["loss"])
+            self._globalstep_last_logged = since_log["last_logged_step"]
+            self.restore_sums(since_log["sums"])
+
+    def sums_since_log(self) -> dict[str, Any]:
+        """What this process has summed up since the last log, exact, as JSON; a trainer with running means overrides this."""
+        return {}
+
+    def restore_sums(self, sums: dict[str, Any]) -> None:
+        """Take back what `sums_since_log` gave."""
+
+
+class StepEnds(TrainerCallback):
+    """At the end of each step: stop or save, if it is time, on all processes alike."""
+
+    def __init__(self, trainer: DurableTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        saves = args.save_strategy != "no" and (args.save_strategy != "steps" or state.save_steps < state.max_steps)
+        if not saves and args.save_minutes is None:
+            logger.warning(
+                "Nothing will be saved before the end (save_strategy: %s, save_steps: %s): whatever stops the run but a signal "
+                "loses all of it. --save_minutes=30 keeps checkpoints.", args.save_strategy, args.save_steps,
+            )  # fmt: skip
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        trainer = self.trainer
+        due = args.save_minutes is not None and time.monotonic() - trainer.saved_at >= 60 * args.save_minutes
+        stop, save = trainer.agree(trainer.stop.received is not None, due and state.is_world_process_zero)
+        control.should_save |= stop or save
+        if stop:
+            trainer.is_stopping = control.should_training_stop = True
+            trainer.evaluation_due, control.should_evaluate = control.should_evaluate, False
+
+    def on_prediction_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.trainer.agree(self.trainer.stop.received is not None)[0]:
+            raise EvaluationCut
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.trainer.is_stopping:  # logged and saved already, at the end of the step
+            control.should_log = control.should_evaluate = control.should_save = False
+
+
+def layout(accelerator: Accelerator) -> str:
+    """How a checkpoint is divided among files: what has to be equal for one launch to read another's."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return f"DeepSpeed ZeRO-{accelerator.state.deepspeed_plugin.zero_stage}"
+    if accelerator.distributed_type == DistributedType.FSDP:
+        plugin = accelerator.state.fsdp_plugin
+        return f"FSDP{plugin.fsdp_version} {plugin.state_dict_type.name}"
+    return WHOLE_COPY

@@ -1,0 +1,50 @@
+"""SIGTERM, SIGUSR1 and Ctrl-C: asked to stop, a run stops where nothing is lost."""
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from .errors import TrainingStopped
+
+STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # the scheduler's end, SLURM's warning before it, Ctrl-C
+
+
+class RunInterrupted(TrainingStopped):
+    """A signal ended the run before its end; the same command goes on from its last checkpoint."""
+
+
+class StopSignals:
+    """Takes the stopping signals while it is listening. At once, unless deferred; a second Ctrl-C is never deferred."""
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self.is_deferred = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """In the main thread. The handlers of before are back afterwards."""
+        before = {number: signal.signal(number, self.receive) for number in STOPPING}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Inside, a signal is only noted: whoever works looks at `received` where it can stop."""
+        self.is_deferred = True
+        try:
+            yield
+        finally:
+            self.is_deferred = False
+
+    def receive(self, number: int, frame: FrameType | None) -> None:
+        again = self.received == signal.SIGINT == number
+        self.received = signal.Signals(number)
+        if again:
+            os._exit(128 + number)
+        if not self.is_deferred:
+            raise RunInterrupted(f"stopped by {self.received.name}, before training began; nothing is lost by starting again.")

@@ -1,0 +1,242 @@
+"""Whole runs in processes of their own at the price of a fork: the libraries are imported once, by a server.
+
+A job is a command line, a number of processes, and perhaps a sabotage: a function of this file that is called in each
+process before the run, with the process's rank and the job's arguments, and that breaks something later.
+"""
+
+import json
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).parents[1]
+TIME_LIMIT_S = 120
+
+
+class Ended(NamedTuple):
+    """How the processes of a job ended: exit statuses (minus the signal, where one killed it), and what they printed."""
+
+    statuses: list[int]
+    printed: str
+    seconds: float
+
+    @property
+    def status(self) -> int:
+        return next((status for status in self.statuses if status), 0)
+
+
+class Server:
+    """Runs jobs one after the other, each in fresh processes."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "HF_HOME": str(folder / "home"),
+            "HF_DATASETS_CACHE": str(folder / "cache"),
+        }
+        with (folder / "server.log").open("w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "tests.forked"],
+                cwd=ROOT,
+                env=environment,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+            )
+
+    def run(self, *argv: str, processes: int = 1, sabotage: str | None = None, **arguments: Any) -> Ended:
+        job = {"argv": argv, "processes": processes, "sabotage": sabotage, "arguments": arguments}
+        print(json.dumps({**job, "log": str(self.folder / "job.log")}), file=self.process.stdin, flush=True)
+        answer = self.process.stdout.readline()
+        assert answer, (self.folder / "server.log").read_text()
+        return Ended(**json.loads(answer), printed=(self.folder / "job.log").read_text(errors="replace"))
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait(timeout=30)
+
+
+# ---- The server ----
+
+
+def serve() -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    for line in sys.stdin:
+        job = json.loads(line)
+        started = time.perf_counter()
+        port = free_port()
+        children = [start(job, rank, port) for rank in range(job["processes"])]
+        statuses = outlive(children)
+        print(json.dumps({"statuses": statuses, "seconds": time.perf_counter() - started}), file=answers, flush=True)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def outlive(children: list[int]) -> list[int]:
+    """Exit statuses; once one has failed the others get 20 seconds, after all TIME_LIMIT_S they are killed."""
+    statuses: dict[int, int] = {}
+    deadline = time.monotonic() + TIME_LIMIT_S
+    while len(statuses) < len(children):
+        for child in set(children) - statuses.keys():
+            done, status = os.waitpid(child, os.WNOHANG)
+            if done:
+                statuses[child] = os.waitstatus_to_exitcode(status)
+                if statuses[child]:
+                    deadline = min(deadline, time.monotonic() + 20)
+            elif time.monotonic() > deadline:
+                os.kill(child, signal.SIGKILL)
+        time.sleep(0.01)
+    return [statuses[child] for child in children]
+
+
+def start(job: dict[str, Any], rank: int, port: int) -> int:
+    child = os.fork()
+    if child:
+        return child
+    status = 1
+    try:
+        log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND | (os.O_TRUNC if rank == 0 else 0))
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        if job["processes"] > 1:
+            count = str(job["processes"])
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        if job["sabotage"]:
+            globals()[job["sabotage"]](rank, **job["arguments"])
+        main(SIMPO, job["argv"])
+        status = 0
+    except SystemExit as exit_:
+        status = exit_.code or 0
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)  # nothing of the server's own is run twice
+
+
+# ---- Sabotages ----
+
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+
+
+def file_events(folder: str, act) -> None:
+    """Call act(number) in front of every change that Python makes to a file in `folder`."""
+    number = 0
+
+    def hook(event: str, arguments: tuple) -> None:
+        nonlocal number
+        changes = event in ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.link", "os.truncate", "os.chmod")
+        if event == "open":
+            changes = isinstance(arguments[2], int) and bool(arguments[2] & WRITING)
+        if changes and str(arguments[0]).startswith(folder):
+            number += 1
+            act(number)
+
+    sys.addaudithook(hook)
+
+
+def count_file_events(rank: int, folder: str, into: str) -> None:
+    def act(number: int) -> None:
+        with open(into, "w") as file:  # noqa: PTH123
+            file.write(str(number))
+
+    file_events(folder, act)
+
+
+def kill_at_file_event(rank: int, folder: str, number: int) -> None:
+    file_events(folder, lambda event: os.kill(os.getpid(), signal.SIGKILL) if event == number else None)
+
+
+def signal_in(rank: int, place: str, number: int, ranks: list[int], delays: list[float], names: list[str]) -> None:
+    """At the number-th call of a place, `names` come after `delays` seconds, if this rank is one of `ranks`."""
+    owner, name = PLACES[place]
+    original, calls = getattr(owner, name), 0
+
+    def patched(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == number and rank in ranks:
+            send(names, delays)
+        return original(*args, **kwargs)
+
+    setattr(owner, name, patched)
+
+
+def send(names: list[str], delays: list[float]) -> None:
+    """In the background, if a signal has to wait."""
+    if not any(delays):
+        for name in names:
+            os.kill(os.getpid(), signal.Signals[name])
+        return
+    parent = os.getpid()
+    if os.fork() == 0:
+        for name, delay in zip(names, delays, strict=True):
+            time.sleep(delay)
+            os.kill(parent, signal.Signals[name])
+        os._exit(0)
+
+
+def full_disk_in(rank: int, place: str, limit: int) -> None:
+    """While a place is called, writing more than `limit` bytes into a file fails."""
+    owner, name = PLACES[place]
+    original = getattr(owner, name)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    def patched(*args: Any, **kwargs: Any) -> Any:
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+        try:
+            return original(*args, **kwargs)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    setattr(owner, name, patched)
+
+
+def little_room(rank: int, free: int) -> None:
+    import shutil
+
+    shutil.disk_usage = lambda path: shutil._ntuple_diskusage(10**12, 10**12 - free, free)
+
+
+def die_in(rank: int, place: str, number: int, ranks: list[int]) -> None:
+    signal_in(rank, place, number, ranks, [0.0], ["SIGKILL"])
+
+
+if __name__ == "__main__":
+    import alignment.durable
+    import alignment.pipeline
+    from alignment.pipeline import PAIRS, Method, main
+    from scripts.simpo_config import SimPOConfig
+    from scripts.simpo_trainer import SimPOTrainer
+
+    SIMPO = Method(config=SimPOConfig, trainer=SimPOTrainer, data=PAIRS)
+    PLACES = {
+        "preparation": (alignment.pipeline, "tokenized_splits"),
+        "training": (SimPOTrainer, "compute_loss"),
+        "evaluation": (SimPOTrainer, "prediction_step"),
+        "saving": (alignment.durable, "seal"),
+        "optimizer": (SimPOTrainer, "_save_optimizer_and_scheduler"),
+        "writing": (SimPOTrainer, "_save_rng_state"),
+        "the end": (alignment.pipeline, "save"),
+    }
+    serve()
