@@ -119,15 +119,13 @@ def start(job: dict[str, Any], rank: int, port: int) -> int:
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         if job["sabotage"]:
             globals()[job["sabotage"]](rank, **job["arguments"])
-        main(SIMPO, job["argv"])
+        simpo_main(job["argv"])
         status = 0
     except SystemExit as exit_:
         status = exit_.code or 0
-    except BaseException:
-        import traceback
-
-        traceback.print_exc()
     finally:
+        if error := sys.exception():
+            sys.excepthook(type(error), error, error.__traceback__)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)  # nothing of the server's own is run twice
@@ -168,7 +166,7 @@ def kill_at_file_event(rank: int, folder: str, number: int) -> None:
 
 def signal_in(rank: int, place: str, number: int, ranks: list[int], delays: list[float], names: list[str]) -> None:
     """At the number-th call of a place, `names` come after `delays` seconds, if this rank is one of `ranks`."""
-    owner, name = PLACES[place]
+    owner, name = places()[place]
     original, calls = getattr(owner, name), 0
 
     def patched(*args: Any, **kwargs: Any) -> Any:
@@ -197,7 +195,7 @@ def send(names: list[str], delays: list[float]) -> None:
 
 def full_disk_in(rank: int, place: str, limit: int) -> None:
     """While a place is called, writing more than `limit` bytes into a file fails."""
-    owner, name = PLACES[place]
+    owner, name = places()[place]
     original = getattr(owner, name)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 
@@ -222,15 +220,13 @@ def die_in(rank: int, place: str, number: int, ranks: list[int]) -> None:
     signal_in(rank, place, number, ranks, [0.0], ["SIGKILL"])
 
 
-if __name__ == "__main__":
+def places() -> dict[str, tuple[Any, str]]:
+    """Functions that a run passes through: owner and name."""
     import alignment.durable
     import alignment.pipeline
-    from alignment.pipeline import PAIRS, Method, main
-    from scripts.simpo_config import SimPOConfig
     from scripts.simpo_trainer import SimPOTrainer
 
-    SIMPO = Method(config=SimPOConfig, trainer=SimPOTrainer, data=PAIRS)
-    PLACES = {
+    return {
         "preparation": (alignment.pipeline, "tokenized_splits"),
         "training": (SimPOTrainer, "compute_loss"),
         "evaluation": (SimPOTrainer, "prediction_step"),
@@ -239,4 +235,18 @@ if __name__ == "__main__":
         "writing": (SimPOTrainer, "_save_rng_state"),
         "the end": (alignment.pipeline, "save"),
     }
+
+
+def simpo_main(argv: list[str]) -> None:
+    from alignment.pipeline import PAIRS, Method, main
+    from scripts.simpo_config import SimPOConfig
+    from scripts.simpo_trainer import SimPOTrainer
+
+    main(Method(config=SimPOConfig, trainer=SimPOTrainer, data=PAIRS), argv)
+
+
+if __name__ == "__main__":
+    import alignment.review.plots  # noqa: F401 - drawn with at the end of every run
+
+    places()
     serve()

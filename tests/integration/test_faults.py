@@ -1,8 +1,11 @@
 """Runs that are killed, stopped, starved or tampered with: each ends as the unbroken run does, or says why not."""
 
 import json
+import os
 import random
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +15,7 @@ from filelock import FileLock
 
 from alignment.run_folder import LOCK_FILE, read_status
 from tests import builders
-from tests.forked import Ended, Server
+from tests.forked import ROOT, Ended, Server
 
 STEPS = 8
 RECIPE = {
@@ -63,6 +66,15 @@ def recipe(tmp_path_factory) -> Path:
     keys = {**RECIPE, "model_name_or_path": str(folder / "model"), "dataset_mixer": {str(folder / "pairs"): 1.0}}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(keys), encoding="utf-8")
     return folder / "recipe.yaml"
+
+
+@pytest.fixture(scope="module")
+def wide_model(recipe) -> Path:
+    """128 wide, which bitsandbytes needs."""
+    folder = recipe.parent / "wide"
+    builders.tiny_model(hidden_size=128, initializer_range=0.1).save_pretrained(folder)
+    builders.bpe_tokenizer().save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -124,9 +136,7 @@ def moments(count: int) -> list[int]:
     return inside + sorted(rng.sample(others, 16))
 
 
-def test_a_run_killed_at_any_of_30_moments_goes_on_from_a_whole_checkpoint_to_the_same_end(
-    server, recipe, unbroken, tmp_path
-):
+def test_a_run_killed_at_any_of_30_moments_goes_on_from_a_whole_checkpoint_to_the_same_end(server, recipe, unbroken, tmp_path):
     counted = tmp_path / "counted"
     server.run(
         str(recipe), f"--output_dir={counted}", sabotage="count_file_events", folder=str(counted), into=str(tmp_path / "n")
@@ -152,9 +162,7 @@ def test_a_run_killed_at_any_of_30_moments_goes_on_from_a_whole_checkpoint_to_th
 @pytest.mark.parametrize(
     ("place", "number"), [("training", 6), ("evaluation", 5), ("saving", 3), ("writing", 2), ("the end", 1)]
 )
-def test_one_of_two_processes_killed_costs_no_more_than_the_last_save(
-    place, number, server, recipe, unbroken_pair, tmp_path
-):
+def test_one_of_two_processes_killed_costs_no_more_than_the_last_save(place, number, server, recipe, unbroken_pair, tmp_path):
     rank = 0 if place == "saving" else 1  # only the first process describes a checkpoint
     ended = server.run(
         str(recipe), f"--output_dir={tmp_path}", processes=2, sabotage="die_in", place=place, number=number, ranks=[rank]
@@ -162,6 +170,22 @@ def test_one_of_two_processes_killed_costs_no_more_than_the_last_save(
     assert_unfinished(tmp_path, ended)
     ended = go_on(server, recipe, tmp_path, processes=2)
     assert ("Resuming from" in ended.printed) == (place != "writing" or number > 1)
+    assert_same_end(tmp_path, unbroken_pair)
+
+
+def test_the_launcher_restarts_a_run_that_lost_a_process(recipe, unbroken_pair, tmp_path):
+    launch = ["-m", "accelerate.commands.launch", "--config_file=accelerate_configs/cpu.yaml"]
+    elastic = ["--rdzv_backend=c10d", "--max_restarts=1", "tests/dies_once.py"]
+    done = subprocess.run(
+        [sys.executable, *launch, *elastic, str(recipe), f"--output_dir={tmp_path}"],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ".", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"Resuming from {tmp_path / 'checkpoint-4'}" in done.stdout + done.stderr
     assert_same_end(tmp_path, unbroken_pair)
 
 
@@ -234,6 +258,33 @@ def test_a_stopped_run_is_saved_and_goes_on_to_the_same_end(place, number, step,
     assert place == "the end" or not (tmp_path / END).exists()
     go_on(server, recipe, tmp_path)
     assert_same_end(tmp_path, unbroken)
+
+
+FULL = ["--use_peft=false", "--disable_dropout=true"]
+KINDS = {
+    "full": FULL,
+    "padded": [*FULL, "--pair_layout=padded"],
+    "by tokens": [*FULL, "--max_tokens_per_micro_batch=300"],
+    "4-bit": ["--load_in_4bit=true", "--use_bnb_nested_quant=true", "--gradient_checkpointing=true"],
+    "two workers": ["--dataloader_num_workers=2"],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_run_goes_on_in_the_middle_of_an_epoch_to_the_same_end(kind, server, recipe, wide_model, tmp_path):
+    options = [*KINDS[kind], f"--model_name_or_path={wide_model}", "--eval_strategy=no", "--save_strategy=no"]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    go_on(server, recipe, whole, *options)
+    ended = server.run(
+        str(recipe), f"--output_dir={cut}", *options,
+        sabotage="signal_in", place="training", number=6, ranks=[0], delays=[0.0], names=["SIGTERM"],
+    )  # fmt: skip
+    assert ended.status == 75, ended.printed
+    assert steps(cut) == [2 if kind == "by tokens" else 3]
+    go_on(server, recipe, cut, *options)
+    weights = "model.safetensors" if FULL[0] in options else END
+    assert (cut / weights).read_bytes() == (whole / weights).read_bytes()
+    assert metrics(cut) == metrics(whole)
 
 
 def test_a_signal_during_preparation_ends_it_at_once_and_leaves_nothing(server, recipe, tmp_path):
