@@ -3,18 +3,24 @@
 import hashlib
 import inspect
 import json
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
 from datasets import Dataset, Features, List, Value
+from filelock import FileLock, Timeout
 from transformers import PreTrainedTokenizerBase
 
 from . import chat, tokenization
 from .errors import UserError
 from .tokenization import LengthRules
+
+logger = logging.getLogger(__name__)
 
 # Half the width of what datasets would infer, and no time spent on inferring it.
 TOKEN_FEATURES = Features(
@@ -49,9 +55,8 @@ def cached_map(
     code = inspect.getsource(inspect.getmodule(function))
     parts = [dataset._fingerprint, tokenizer_identity(tokenizer), repr(sorted(settings.items())), function.__name__, code]
     name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "simpo"
-    folder.mkdir(parents=True, exist_ok=True)
-    return dataset.map(
+    folder = cache_folder()
+    mapped = dataset.map(
         function,
         batched=True,
         with_indices=with_indices,
@@ -64,6 +69,58 @@ def cached_map(
         features=features,
         desc=desc,
     )
+    if len(mapped) != len(dataset):  # a file that was cut between two of its batches reads like a shorter one
+        raise UserError(damaged(sorted(folder.glob(f"{name}*.arrow")), f"{len(mapped):,} of {len(dataset):,} rows"))
+    return mapped
+
+
+def cache_folder() -> Path:
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "simpo"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@contextmanager
+def one_process_at_a_time(work: str) -> Iterator[None]:
+    """One process of this machine does `work`, the others wait and then find its files. The lock of a dead one is free.
+
+    A lock and no collective, which would time out while somebody works for an hour.
+    """
+    lock = FileLock(cache_folder() / f"{hashlib.sha256(work.encode()).hexdigest()[:32]}.lock")
+    try:
+        lock.acquire(timeout=1)
+    except Timeout:
+        logger.info("Another process prepares the same data; waiting for it.")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def damage(error: Exception) -> str | None:
+    """The message for an error that came from torn files of the datasets cache; None for another."""
+    cause = error.__cause__ if isinstance(error, UserError) else error
+    if not isinstance(cause, OSError | pa.ArrowException):
+        return None
+    torn = [path for path in sorted(Path(datasets.config.HF_DATASETS_CACHE).rglob("*.arrow")) if is_torn(path)]
+    return damaged(torn, " ".join(str(cause).split())) if torn else None
+
+
+def is_torn(path: Path) -> bool:
+    if ".incomplete" in str(path):  # being written by somebody
+        return False
+    try:
+        with pa.memory_map(str(path)) as source:
+            pa.ipc.open_stream(source).read_all()
+    except (OSError, pa.ArrowException):
+        return True
+    return False
+
+
+def damaged(files: list[Path], reason: str) -> str:
+    names = " ".join(map(str, files))
+    return f"{names}: prepared data, and damaged ({reason}). Delete it and start again, it is then made anew: rm {names}"
 
 
 def worker_count(num_proc: int | None, rows: int) -> int | None:

@@ -26,7 +26,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
         ("max_completion_length", "max_target_length", "is_encoder_decoder", "generate_during_eval"),
         (lambda value: not value, "is not supported; remove it"),
     ),
-    **dict.fromkeys(("remove_unused_columns", "logging_nan_inf_filter"), (lambda value: not value, "must be false")),
+    "remove_unused_columns": (lambda value: not value, "must be false"),
 }
 
 
@@ -86,9 +86,6 @@ class SimPOConfig(RunArguments, TrainingArguments):
     )
 
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay false: the collator needs the columns."})
-    logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Must stay false: it would log a loss of 0 for NaN; SimPO stops instead."}
-    )
 
     def problems(self) -> list[Problem]:
         counts = ("max_length", "max_prompt_length", "dataset_num_proc", "max_tokens_per_micro_batch")
@@ -102,6 +99,11 @@ class SimPOConfig(RunArguments, TrainingArguments):
             advice = f"leaves no room for a response in max_length = {self.length_limit}"
             problems.append(Problem("max_prompt_length", self.prompt_limit, advice))
         return problems
+
+    @property
+    def rows_per_batch(self) -> int:
+        whole_step = self.max_tokens_per_micro_batch is not None  # the loader then yields a step's pairs, to be divided
+        return self.per_device_train_batch_size * (self.gradient_accumulation_steps if whole_step else 1)
 
     @property
     def length_limit(self) -> int:

@@ -1,7 +1,6 @@
 """SimPOTrainer: the HF Trainer with the SimPO objective."""
 
 import logging
-import math
 from contextlib import nullcontext
 from copy import copy
 from pathlib import Path
@@ -13,17 +12,20 @@ from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback, Trainer, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
+from alignment.adapters import add_adapter
 from alignment.card import simpo_card
 from alignment.chat import TEXT_COLUMNS
 from alignment.collate import Batch, PackedCollator, PaddedCollator, TokenBudgetCollator
-from alignment.errors import TrainingStopped, UserError
+from alignment.durable import DurableTrainer
+from alignment.errors import UserError
+from alignment.guards import GuardedSteps, NonFiniteStep
 from alignment.head import add_lm_head
 from alignment.losses import response_sums, simpo_loss
 from alignment.metrics import RunningMeans
-from alignment.models import add_adapter, disable_dropout, load_policy, parameter_dtype
+from alignment.models import disable_dropout, load_policy, parameter_dtype
 from alignment.prepare import longest_pair, to_tokens
 from alignment.shared_prompt import use_shared_prompts, why_not
 from alignment.throughput import Throughput
@@ -35,10 +37,6 @@ logger = logging.getLogger(__name__)
 
 
 FORWARD_COLUMNS = ("input_ids", "attention_mask", "position_ids", "shift_labels", "shared_prompt")
-
-
-class NonFiniteLogps(TrainingStopped):
-    """Log-probabilities became NaN or infinite; no optimizer step was taken with them."""
 
 
 class PairScores(NamedTuple):
@@ -60,7 +58,7 @@ class StepSize(NamedTuple):
     chosen_tokens: Tensor
 
 
-class SimPOTrainer(Trainer):
+class SimPOTrainer(GuardedSteps, DurableTrainer):
     """Trains a causal language model on preference pairs with SimPO (Meng et al. 2024, https://arxiv.org/abs/2405.14734).
 
     model: a path or Hub name, loaded with args.model_init_kwargs, or a model.
@@ -69,7 +67,8 @@ class SimPOTrainer(Trainer):
     processing_class: the tokenizer.
     peft_config: adds an adapter, and trains only that.
 
-    Raises UserError for columns it cannot use, and NonFiniteLogps as soon as a step's log-probabilities are not finite.
+    Raises UserError for columns it cannot use and for data too few for one step, and NonFiniteStep as soon as a step's
+    log-probabilities or gradient are not finite, unless skip_nonfinite allows for it.
     """
 
     _tag_names = ("trl", "simpo")
@@ -91,7 +90,7 @@ class SimPOTrainer(Trainer):
         self.base_model_name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", None)
         self.dataset_names: list[str] = []  # for the model card
         self.train_means = RunningMeans()
-        self.step_checks: list[tuple[Tensor, Tensor]] = []  # of the running step: (B,) finite?, (B,) index
+        self.step_sums: list[dict[str, tuple[Tensor, Tensor | int]]] = []  # of the running step's micro-batches
         self.eval_pairs: dict[str, dict[str, np.ndarray]] = {}  # of the last evaluation, by metric prefix
 
         if args.max_length is None or args.max_prompt_length is None:
@@ -100,6 +99,8 @@ class SimPOTrainer(Trainer):
         train_dataset, eval_dataset = (
             tokenized(data, processing_class, rules, args.dataset_num_proc) for data in (train_dataset, eval_dataset)
         )
+        if train_dataset is not None:
+            args.refuse_zero_steps(len(train_dataset))
         if isinstance(model, str):
             model = load_policy(model, **{"dtype": parameter_dtype(None), **(args.model_init_kwargs or {})})
         policy = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -194,28 +195,18 @@ class SimPOTrainer(Trainer):
             loss = loss + self.policy_config.router_aux_loss_coef * router_loss * share
             sums["router_loss"] = (router_loss, len(losses))
         if not repeated:
-            for name, (total, count) in sums.items():
-                self.train_means.add(name, total, count)
-            self.step_checks.append((torch.isfinite(chosen_rewards + rejected_rewards), inputs["index"]))
-        if self.accelerator.sync_gradients:
-            self.stop_unless_finite()
-        return (loss, scores) if return_outputs else loss
-
-    def stop_unless_finite(self) -> None:
-        """Raises NonFiniteLogps on every process if a pair of the step is not finite on any; in front of the last backward.
-
-        One wait for the device a step.
-        """
-        finite, rows = (torch.cat(column) for column in zip(*self.step_checks, strict=True))
-        self.step_checks.clear()
-        if self.accelerator.reduce(finite.logical_not().sum(), reduction="sum") == 0:
-            return
-        bad = rows[~finite].tolist()
-        raise NonFiniteLogps(
-            f"step {self.state.global_step + 1}: the log-probabilities of training rows {bad or 'on another process'} are "
-            "not finite. No step was taken with them; the last checkpoint is as it was. Usual causes: a learning rate "
-            "that is too high, fp16, damaged weights."
+            self.step_sums.append(sums)
+        rows = slice(0) if repeated else slice(None)
+        self.note_rows(
+            torch.isfinite(chosen_rewards + rejected_rewards)[rows],
+            loss,
+            index=inputs["index"][rows],
+            chosen_reward=chosen_rewards[rows],
+            rejected_reward=rejected_rewards[rows],
+            chosen_tokens=scores.chosen_tokens[rows],
+            rejected_tokens=scores.rejected_tokens[rows],
         )
+        return (loss, scores) if return_outputs else loss
 
     # ---- Steps ----
 
@@ -233,6 +224,7 @@ class SimPOTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device) -> tuple[list, StepSize | None]:
         """The micro-batches of one optimizer step, and how many pairs they are on all processes."""
         samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.step_sums.clear()
         self.throughput.start_step()
         batches = [batch for sample in samples for batch in micro_batches(sample)]
         self.throughput.counts += [batch["token_counts"] for batch in batches]
@@ -260,16 +252,32 @@ class SimPOTrainer(Trainer):
                 losses.append(super().training_step(model, batch, num_items_in_batch))
         return torch.stack(losses).sum()
 
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float | None:
-        """Raises NonFiniteLogps on every process, in front of the optimizer's step, if the gradient is not finite."""
-        norm = super()._get_grad_norm(model, grad_norm)
-        # fp16 overflows now and then; its loss scaler skips those steps.
-        if norm is not None and not self.args.fp16 and not math.isfinite(norm):
-            raise NonFiniteLogps(
-                f"step {self.state.global_step + 1}: the gradient is not finite although all log-probabilities are. No step "
-                "was taken with it; the last checkpoint is as it was. The usual cause is a learning rate that is too high."
-            )
-        return norm
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """Behind every step. The means are those of the steps that were taken."""
+        for sums in self.step_sums if not self.is_skipping else ():
+            for name, (total, count) in sums.items():
+                self.train_means.add(name, total, count)
+        self.step_sums.clear()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def describe_batch(self, inputs: Batch) -> str:
+        counts, rows = inputs["token_counts"], set(inputs["index"].tolist())
+        numbers = [number for number, index in enumerate(self.train_dataset["index"]) if index in rows]
+        return (
+            f"{len(rows)} pairs, {counts.distinct:,} distinct tokens ({counts.padded:,} if padded), the longest pair "
+            f"{longest_pair(self.train_dataset.select(numbers)):,}"
+        )
+
+    def smaller_batches(self) -> list[str]:
+        if not isinstance(self.data_collator, PackedCollator):
+            packing = ["pair_layout: auto: no padding, each prompt once"] if self.args.pair_layout == "padded" else []
+            return [*packing, *super().smaller_batches()]
+        longest = longest_pair(self.train_dataset)
+        limit = self.args.max_tokens_per_micro_batch or longest
+        tokens = self.micro_batch["token_counts"].distinct if self.micro_batch else limit
+        if tokens <= longest:
+            return []
+        return [f"max_tokens_per_micro_batch: {max(tokens // 2, longest)}: the same steps, divided by tokens"]
 
     def floating_point_ops(self, inputs: Batch) -> float:
         """Of the distinct tokens, where the architecture is known well enough to tell."""
@@ -318,7 +326,7 @@ class SimPOTrainer(Trainer):
         chosen, rejected = self.args.beta * scores.chosen_mean_logp, self.args.beta * scores.rejected_mean_logp
         finite = torch.isfinite(chosen + rejected)
         if not finite.all():
-            raise NonFiniteLogps(
+            raise NonFiniteStep(
                 f"step {self.state.global_step}: the log-probabilities of {metric_key_prefix} rows "
                 f"{index[~finite].tolist()} are not finite; the last checkpoint is as it was."
             )
@@ -339,13 +347,12 @@ class SimPOTrainer(Trainer):
 
     # ---- Saving ----
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        # A pickle of the arguments, hub_token among them; the recipe beside it says the same in YAML.
-        folder = Path(output_dir or self.args.output_dir)
-        folder.joinpath("training_args.bin").unlink(missing_ok=True)
-        for weights in folder.glob("*.safetensors") if self.args.should_save else ():
-            weights.chmod(0o644)  # safetensors leaves 0600: a group could not read the model
+    def sums_since_log(self) -> dict[str, Any]:
+        return {"means": self.train_means.state(), "throughput": self.throughput.state()}
+
+    def restore_sums(self, sums: dict[str, Any]) -> None:
+        self.train_means.restore(sums["means"], self.args.device)
+        self.throughput.restore(sums["throughput"])
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write README.md: method, paper, settings, data, held-out figures. `push_to_hub` calls this too."""

@@ -14,9 +14,10 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from alignment.collate import PaddedCollator
 from alignment.errors import TrainingStopped, UserError
+from alignment.guards import NonFiniteStep
 from alignment.prepare import to_tokens
 from scripts.simpo_config import SimPOConfig
-from scripts.simpo_trainer import NonFiniteLogps, SimPOTrainer
+from scripts.simpo_trainer import SimPOTrainer
 from tests import reference
 from tests.builders import bpe_tokenizer, text_rows, tiny_model, token_rows
 
@@ -442,7 +443,7 @@ def rows_that_read_it(*numbers: int) -> list[dict[str, Any]]:
 def test_a_step_that_is_not_finite_is_not_taken_and_its_rows_are_named(build, batches):
     split = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
     trainer = build(damaged_model(), rows_that_read_it(4), **split, **batches)
-    with pytest.raises(NonFiniteLogps, match=r"step 2: the log-probabilities of training rows \[4\] are not finite"):
+    with pytest.raises(NonFiniteStep, match=r"step 2: the log-probabilities of training rows \[4\] \(rank 0\) are not finite"):
         trainer.train()
     after_the_first = plain_sgd(damaged_model(), [ROWS[:4]])
     torch.testing.assert_close(weights_of(trainer.model), after_the_first, **ROUNDING, equal_nan=True)
@@ -452,13 +453,13 @@ def test_a_step_that_is_not_finite_is_not_taken_and_its_rows_are_named(build, ba
 def test_damaged_weights_stop_training_at_once(build):
     model = tiny_model()
     model.lm_head.weight.data[7, 0] = math.nan
-    with pytest.raises(TrainingStopped, match=r"step 1: .* rows \[0, 1, 2, 3, 4, 5, 6, 7\] are not finite"):
+    with pytest.raises(TrainingStopped, match=r"step 1: .* rows \[0, 1, 2, 3, 4, 5, 6, 7\] \(rank 0\) are not finite"):
         build(model).train()
 
 
 def test_a_held_out_row_that_is_not_finite_stops_the_evaluation_and_is_named(build):
     trainer = build(damaged_model(), held_out=rows_that_read_it(1, 5))
-    with pytest.raises(NonFiniteLogps, match=r"step 0: the log-probabilities of eval rows \[1, 5\] are not finite"):
+    with pytest.raises(NonFiniteStep, match=r"step 0: the log-probabilities of eval rows \[1, 5\] are not finite"):
         trainer.evaluate()
 
 

@@ -1,0 +1,306 @@
+"""Data is prepared once: ahead of the run, by one process at a time, and again where what was made is damaged."""
+
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+import yaml
+from datasets import config as datasets_config
+
+from alignment import chat, pipeline, prepare, tokenization
+from alignment.pipeline import CONVERSATIONS, PAIRS, Method, main, run
+from scripts.sft_config import SFTConfig
+from scripts.sft_trainer import SFTTrainer
+from scripts.simpo_config import SimPOConfig
+from scripts.simpo_trainer import SimPOTrainer
+from tests import builders
+
+ROOT = Path(__file__).parents[2]
+SIMPO = Method(config=SimPOConfig, trainer=SimPOTrainer, data=PAIRS)
+SFT = Method(config=SFTConfig, trainer=SFTTrainer, data=CONVERSATIONS)
+# As a recipe for GPUs has it.
+GPU_KEYS = {"bf16": True, "tf32": True, "attn_implementation": "flash_attention_2", "use_cpu": None}
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("workspace")
+    builders.tiny_model(initializer_range=0.1).save_pretrained(folder / "model")
+    builders.bpe_tokenizer().save_pretrained(folder / "model")
+    rows = builders.pairs(14)
+    for name, part in (("train", rows[:8]), ("test", rows[8:])):
+        write_jsonl(folder / f"pairs/{name}.jsonl", part)
+        write_jsonl(folder / f"chats/{name}.jsonl", [{"messages": row["chosen"]} for row in part])
+    return folder
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    """An empty cache of data sets."""
+    monkeypatch.setattr(datasets_config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    return tmp_path / "cache"
+
+
+def recipe_file(workspace: Path, folder: Path, **changes) -> str:
+    """A recipe of two steps; a change to None leaves a key out."""
+    keys = {
+        "model_name_or_path": str(workspace / "model"),
+        "dataset_mixer": {str(workspace / "pairs"): 1.0},
+        "attn_implementation": "sdpa",
+        "preprocessing": "exact",
+        "use_cpu": True,
+        "max_length": 160,
+        "max_prompt_length": 80,
+        "num_train_epochs": 1,
+        "per_device_train_batch_size": 4,
+        "do_eval": True,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "output_dir": str(folder / "run"),
+        **changes,
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump({key: value for key, value in keys.items() if value is not None}), encoding="utf-8")
+    return str(path)
+
+
+def cached_files(cache: Path) -> dict[str, int]:
+    """Name -> when it was last written, of every file with rows."""
+    return {str(path): path.stat().st_mtime_ns for path in cache.rglob("*.arrow")}
+
+
+def token_files(cache: Path) -> list[Path]:
+    """Of the token ids, by size."""
+    texts_and_tokens = sorted((cache / "simpo").glob("*.arrow"))
+    return [path for path in texts_and_tokens if b"chosen_input_ids" in path.read_bytes()]
+
+
+def tokenized(recipe: str) -> dict[str, list]:
+    """What a run would train on."""
+    seen = {}
+    with pytest.MonkeyPatch.context() as patch:
+        original = pipeline.tokenized_splits
+        patch.setattr(pipeline, "tokenized_splits", lambda *args: seen.update(splits := original(*args)) or splits)
+        run(SIMPO, [recipe, "--prepare_only"])
+    return {name: rows[:] for name, rows in seen.items()}
+
+
+# ---- Ahead of the run ----
+
+
+def test_data_is_prepared_without_launcher_gpu_or_weights_and_the_run_then_computes_nothing(
+    workspace, tmp_path, cache, monkeypatch
+):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for path in (workspace / "model").iterdir():
+        if path.suffix != ".safetensors":
+            (bare / path.name).write_bytes(path.read_bytes())
+    recipe = recipe_file(workspace, tmp_path, model_name_or_path=str(bare), **GPU_KEYS)
+    environment = {**os.environ, "HF_DATASETS_CACHE": str(cache), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "scripts/run_simpo.py", recipe, "--prepare_only"],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "train: 8 rows read" in done.stdout
+    assert "test: 6 rows read" in done.stdout
+    assert not (tmp_path / "run").exists()
+    before = cached_files(cache)
+    assert len(token_files(cache)) == 2
+
+    def again(*args, **kwargs):
+        raise AssertionError("computed again")
+
+    monkeypatch.setattr(tokenization, "encode_texts", again)
+    monkeypatch.setattr(chat, "render", again)
+    run(SIMPO, [recipe_file(workspace, tmp_path)])
+    assert cached_files(cache) == before
+    assert (tmp_path / "run/model.safetensors").exists()
+
+
+def test_supervised_data_is_prepared_ahead_too(workspace, tmp_path, cache, monkeypatch):
+    keys = {"dataset_mixer": {str(workspace / "chats"): 1.0}, "max_prompt_length": None}
+    recipe = recipe_file(workspace, tmp_path, **keys, **GPU_KEYS)
+    assert run(SFT, [recipe, "--prepare_only"]) is None
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setattr(tokenization, "encode_texts", None)
+    run(SFT, [recipe_file(workspace, tmp_path, **keys)])
+    assert (tmp_path / "run/model.safetensors").exists()
+
+
+def test_forked_workers_find_the_tokenizers_threads_switched_off(workspace, tmp_path, cache, monkeypatch):
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
+    run(SIMPO, [recipe_file(workspace, tmp_path), "--prepare_only"])
+    assert os.environ["TOKENIZERS_PARALLELISM"] == "false"
+
+
+# ---- One at a time ----
+
+
+def test_a_second_process_waits_and_then_finds_everything(workspace, tmp_path, cache, monkeypatch, caplog):
+    """Two that start together: one encodes, whichever it is."""
+    recipe = recipe_file(workspace, tmp_path)
+    context = multiprocessing.get_context("fork")
+    log = tmp_path / "encoded"
+
+    def one(name: str) -> None:
+        original = tokenization.encode_texts
+
+        def slow(*args):
+            with log.open("a") as file:
+                file.write(f"{name}\n")
+            time.sleep(0.5)
+            return original(*args)
+
+        tokenization.encode_texts = slow
+        run(SIMPO, [recipe, "--prepare_only"])
+
+    processes = [context.Process(target=one, args=(name,)) for name in ("first", "second")]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0]
+    encoders = log.read_text().split()
+    assert len(set(encoders)) == 1
+    assert len(encoders) == 2  # train and test
+
+
+def test_who_waits_says_so_and_no_lock_outlives_its_holder(cache, caplog):
+    entered = threading.Event()
+
+    def other() -> None:
+        with prepare.one_process_at_a_time("tokenizing"):
+            entered.set()
+
+    with caplog.at_level("INFO", "alignment"), prepare.one_process_at_a_time("tokenizing"):
+        waiting = threading.Thread(target=other)
+        waiting.start()
+        assert not entered.wait(1.5)
+    waiting.join(10)
+    assert entered.is_set()
+    assert "Another process prepares the same data" in caplog.text
+
+
+def test_work_on_other_data_does_not_wait(cache):
+    with prepare.one_process_at_a_time("one recipe"), prepare.one_process_at_a_time("another"):
+        pass
+
+
+# ---- What can happen to it ----
+
+
+def test_a_preparation_that_was_killed_is_made_again_and_gives_the_same_rows(workspace, tmp_path, cache, monkeypatch):
+    recipe = recipe_file(workspace, tmp_path)
+    begun = tmp_path / "begun"
+
+    def stuck() -> None:
+        tokenization.encode_texts = lambda *args: begun.touch() or time.sleep(60)
+        run(SIMPO, [recipe, "--prepare_only"])
+
+    process = multiprocessing.get_context("fork").Process(target=stuck)
+    process.start()
+    deadline = time.monotonic() + 60
+    while not begun.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.kill()
+    process.join()
+    assert begun.exists()
+    assert not token_files(cache)
+    rows = tokenized(recipe)
+    monkeypatch.setattr(datasets_config, "HF_DATASETS_CACHE", tmp_path / "untouched")
+    assert rows == tokenized(recipe)
+
+
+@pytest.mark.parametrize("left", [0, 100, -100], ids=["nothing", "the head", "all but the end"])
+def test_a_torn_file_is_one_message_that_names_it_and_deleting_it_is_enough(left, workspace, tmp_path, cache, capsys):
+    recipe = recipe_file(workspace, tmp_path)
+    rows = tokenized(recipe)
+    torn = token_files(cache)[0]
+    torn.write_bytes(torn.read_bytes()[:left])
+    with pytest.raises(SystemExit) as exit_:
+        main(SIMPO, [recipe])
+    assert exit_.value.code == 2
+    printed = capsys.readouterr().err
+    assert f"error: {torn}: prepared data, and damaged" in printed
+    assert f"rm {torn}\n" in printed
+    assert "Traceback" not in printed
+    torn.unlink()
+    assert tokenized(recipe) == rows
+
+
+def test_a_torn_file_of_the_rows_as_they_were_read_is_named_too(workspace, tmp_path, cache, capsys):
+    recipe = recipe_file(workspace, tmp_path)
+    run(SIMPO, [recipe, "--prepare_only"])
+    torn = next(path for path in sorted(cache.rglob("*.arrow")) if path.parent.name != "simpo")
+    torn.write_bytes(torn.read_bytes()[:-200])
+    with pytest.raises(SystemExit) as exit_:
+        main(SIMPO, [recipe])
+    assert exit_.value.code == 2
+    assert f"rm {torn}\n" in capsys.readouterr().err
+
+
+def test_a_file_that_lost_its_last_batch_is_not_taken_for_a_shorter_one(workspace, tmp_path, cache, capsys):
+    recipe = recipe_file(workspace, tmp_path)
+    run(SIMPO, [recipe, "--prepare_only"])
+    shorter = token_files(cache)[0]
+    table = pa.ipc.open_stream(shorter.read_bytes()).read_all()
+    with pa.OSFile(str(shorter), "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
+        stream.write_table(table.slice(0, len(table) - 2))
+    with pytest.raises(SystemExit) as exit_:
+        main(SIMPO, [recipe])
+    assert exit_.value.code == 2
+    printed = capsys.readouterr().err
+    assert f"{len(table) - 2} of {len(table)} rows" in printed
+    assert f"rm {shorter}\n" in printed
+
+
+def test_another_mistake_is_not_taken_for_a_torn_file(workspace, tmp_path, cache, capsys):
+    (cache / "simpo").mkdir(parents=True)
+    (cache / "simpo/other.arrow").write_bytes(b"torn")
+    with pytest.raises(SystemExit) as exit_:
+        main(SIMPO, [recipe_file(workspace, tmp_path, dataset_splits=["train", "tset"])])
+    assert exit_.value.code == 2
+    assert "damaged" not in capsys.readouterr().err
+
+
+# ---- Too little of it ----
+
+
+@pytest.mark.parametrize(("method", "source"), [(SIMPO, "pairs"), (SFT, "chats")])
+def test_data_that_fills_no_batch_is_an_error_before_the_model_is_loaded(
+    method, source, workspace, tmp_path, cache, capsys, monkeypatch
+):
+    keys = {"dataset_mixer": {str(workspace / source): 1.0}, "dataloader_drop_last": True, "per_device_train_batch_size": 16}
+    recipe = recipe_file(workspace, tmp_path, **keys, **({"max_prompt_length": None} if method is SFT else {}))
+    monkeypatch.setattr(pipeline, "build_trainer", None)
+    with pytest.raises(SystemExit) as exit_:
+        main(method, [recipe])
+    assert exit_.value.code == 2
+    assert "error: dataloader_drop_last = True: 8 training rows are less than one batch of 16" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_split_without_a_row_is_an_error(split, workspace, tmp_path, cache, capsys):
+    rows = builders.pairs(4)
+    for name in ("train", "test"):
+        write_jsonl(tmp_path / f"few/{name}.jsonl", [] if name == split else rows)
+    with pytest.raises(SystemExit) as exit_:
+        main(SIMPO, [recipe_file(workspace, tmp_path, dataset_mixer={str(tmp_path / "few"): 1.0})])
+    assert exit_.value.code == 2
+    assert f"{split}.jsonl: has no rows" in capsys.readouterr().err
