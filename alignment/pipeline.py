@@ -258,7 +258,9 @@ def check(run_: Run) -> None:
     if not args.prepare_only:
         check_launch(args)
         check_attention(model_args.attn_implementation, use_cpu=args.use_cpu)
-    check_adapters(model_args, args, check_model_path(model_args))
+    config = check_model_path(model_args)
+    if not args.prepare_only:
+        check_adapters(model_args, args, config)
 
 
 # ---- Data ----

@@ -11,13 +11,11 @@ from transformers import PreTrainedModel
 from alignment.configs import DataArguments, ModelArguments
 from alignment.errors import UserError
 from alignment.models import (
-    add_adapter,
     check_attention,
     check_model_path,
     disable_dropout,
     load_policy,
     load_tokenizer,
-    lora_config,
     model_init_kwargs,
 )
 from scripts.simpo_config import SimPOConfig
@@ -62,6 +60,7 @@ def test_recipe_settings_reach_from_pretrained_in_words_that_json_knows(tmp_path
             "bnb_4bit_use_double_quant": True,
             "bnb_4bit_quant_storage": "uint8",
         },
+        "device_map": {"": "cpu"},
     }
 
 
@@ -75,6 +74,23 @@ def test_8_bit_weights_have_settings_of_their_own(tmp_path):
     model_args = ModelArguments(use_peft=True, load_in_8bit=True)
     settings = model_init_kwargs(model_args, training_args(tmp_path))["quantization_config"]
     assert settings == {"quant_method": "bitsandbytes", "load_in_8bit": True}
+
+
+@pytest.mark.parametrize(
+    ("launch", "placed"),
+    [({}, True), ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, False), ({"ACCELERATE_USE_FSDP": "false"}, True)],
+    ids=["whole", "FSDP", "FSDP off"],
+)
+def test_quantised_weights_are_loaded_onto_the_processs_device_unless_they_are_sharded(launch, placed, tmp_path, monkeypatch):
+    args = training_args(tmp_path)
+    for key, value in launch.items():
+        monkeypatch.setenv(key, value)
+    kwargs = model_init_kwargs(ModelArguments(use_peft=True, load_in_8bit=True), args)
+    assert kwargs.get("device_map") == ({"": "cpu"} if placed else None)
+
+
+def test_weights_that_are_not_quantised_are_placed_by_the_trainer(tmp_path):
+    assert "device_map" not in model_init_kwargs(ModelArguments(), training_args(tmp_path))
 
 
 # ---- Dropout ----
@@ -129,38 +145,6 @@ def test_the_config_says_that_dropout_is_off():
     model = tiny_model(attention_dropout=0.5)
     disable_dropout(model)
     assert model.config.attention_dropout == 0.0
-
-
-# ---- Adapters ----
-
-
-def test_the_recipes_lora_settings_are_the_adapters():
-    config = lora_config(
-        ModelArguments(use_peft=True, lora_r=4, lora_alpha=8, lora_dropout=0.1, lora_target_modules=["q_proj"])
-    )
-    assert (config.r, config.lora_alpha, config.lora_dropout, config.target_modules) == (4, 8, 0.1, {"q_proj"})
-    assert config.task_type == "CAUSAL_LM"
-
-
-def test_all_linear_means_every_linear_layer_but_the_head():
-    config = lora_config(ModelArguments(use_peft=True, lora_target_modules=["all-linear"]))
-    adapted = {name.split(".")[-4] for name, _ in get_peft_model(tiny_model(), config).named_parameters() if "lora_A" in name}
-    assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-
-
-def test_without_use_peft_there_is_no_adapter():
-    assert lora_config(ModelArguments(lora_target_modules=["q_proj"])) is None
-
-
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_gradients_reach_the_adapter_and_only_that(checkpointing, tmp_path):
-    args = training_args(tmp_path, gradient_checkpointing=checkpointing)
-    model = add_adapter(tiny_model(), LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False), args)
-    if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": True})  # the kind that needs inputs with a gradient
-    model.train()
-    model(input_ids=IDS).logits.sum().backward()
-    assert all((p.grad is not None) == ("lora_" in name) for name, p in model.named_parameters())
 
 
 # ---- What is refused ----

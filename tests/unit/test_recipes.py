@@ -1,5 +1,6 @@
 """Every recipe and launcher config parses, and the published runs are the published ones."""
 
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,6 +79,7 @@ SHARED = {
     "torch_dtype": None,
 }
 every_recipe = pytest.mark.parametrize("name", RECIPES)
+every_adapter_recipe = pytest.mark.parametrize("name", [name for name in RECIPES if name.endswith("lora")])
 every_published_run = pytest.mark.parametrize("name", sorted(PUBLISHED))
 
 
@@ -90,10 +92,10 @@ def read(name: str) -> dict[str, Any]:
 
 
 def launch_command(name: str) -> list[str]:
-    """The words of the recipe's first line: [...] --config_file LAUNCHER SCRIPT RECIPE."""
+    """The words of the recipe's first line: [...] --config_file LAUNCHER SCRIPT RECIPE, without its options for one process."""
     first_line = recipe_text(name).splitlines()[0]
     assert "accelerate launch --config_file " in first_line, "the first line is not the command that launches the recipe"
-    return first_line.removeprefix("# ").split()
+    return [word for word in first_line.removeprefix("# ").split() if word not in ("--cpu", "--num_processes=1")]
 
 
 def parse(name: str) -> tuple[ModelArguments, DataArguments, SimPOConfig | SFTConfig]:
@@ -181,7 +183,9 @@ def test_the_supervised_run_has_the_published_settings():
     assert {key: recipe[key] for key in expected} == expected
 
 
-@pytest.mark.parametrize("launcher", ["deepspeed_zero3.yaml", "fsdp.yaml", "multi_gpu.yaml"])
+@pytest.mark.parametrize(
+    "launcher", ["deepspeed_zero3.yaml", "deepspeed_zero2.yaml", "fsdp.yaml", "fsdp2.yaml", "multi_gpu.yaml"]
+)
 @pytest.mark.parametrize("name", [*sorted(PUBLISHED), "llama-3-8b-base-sft"])
 def test_a_published_run_takes_128_rows_a_step_with_every_launcher_for_several_gpus(name, launcher):
     recipe = read(name)
@@ -190,13 +194,30 @@ def test_a_published_run_takes_128_rows_a_step_with_every_launcher_for_several_g
     assert recipe["per_device_train_batch_size"] * recipe["gradient_accumulation_steps"] * processes == 128
 
 
-@pytest.mark.parametrize("name", ["llama-3-8b-instruct-simpo-lora", "llama-3-8b-instruct-simpo-qlora"])
+@every_adapter_recipe
 def test_an_adapter_recipe_takes_128_pairs_a_step_on_its_one_gpu(name):
     model_args, _, config = parse(name)
     launcher = launcher_config(Path(launch_command(name)[-3]).name)
     assert model_args.use_peft
+    assert model_args.load_in_4bit == name.endswith("qlora")
     assert launcher.num_processes == 1
     assert config.per_device_train_batch_size * config.gradient_accumulation_steps == 128
+
+
+@every_adapter_recipe
+def test_the_memory_that_an_adapter_recipe_claims_is_the_sum_that_it_shows(name):
+    lines = re.findall(r"^#   (.+?) +(?:[\d.]+ to |about +)?([\d.]+) GiB$", recipe_text(name), re.MULTILINE)
+    *parts, (label, total) = [(label, float(figure)) for label, figure in lines]
+    assert label == "sum"
+    assert len(parts) >= 5
+    assert total == pytest.approx(sum(figure for _, figure in parts), abs=1)
+    for label, figure in parts:
+        factors = re.match(r"([\d.]+) (billion|million) .*? x ([\d.]+) (bytes|bits)", label)
+        if factors:
+            count, unit, size, of = factors.groups()
+            size_bytes = float(count) * {"billion": 1e9, "million": 1e6}[unit] * float(size) / {"bytes": 1, "bits": 8}[of]
+            assert figure == pytest.approx(size_bytes / 2**30, abs=0.06)
+    assert "estimated by arithmetic and not measured" in recipe_text(name)
 
 
 @pytest.mark.parametrize("launcher", LAUNCHER_CONFIGS)
@@ -218,6 +239,18 @@ def test_fsdp_saves_an_optimizer_that_it_can_resume():
     # Sharded FSDP 1 checkpoints resume with an empty optimizer.
     config = launcher_config("fsdp.yaml").fsdp_config
     assert (config["fsdp_version"], config["fsdp_state_dict_type"]) == (1, "FULL_STATE_DICT")
+
+
+def test_no_process_but_the_first_loads_a_model_that_is_going_to_be_sharded():
+    for name in ("fsdp.yaml", "fsdp2.yaml", "multi_node.yaml"):
+        assert launcher_config(name).fsdp_config["fsdp_cpu_ram_efficient_loading"] is True
+    assert launcher_config("deepspeed_zero3.yaml").deepspeed_config["zero3_init_flag"] is True
+
+
+def test_the_cpu_config_starts_several_processes():
+    # With MULTI_CPU, and with `accelerate launch --cpu`, one starts and nothing is said.
+    config = launcher_config("cpu.yaml")
+    assert (config.distributed_type, config.num_processes, config.use_cpu) == ("MULTI_GPU", 2, True)
 
 
 def test_the_templates_that_recipes_name_are_shipped():
