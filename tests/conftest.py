@@ -7,6 +7,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import datasets
+import huggingface_hub.constants
 import hypothesis
 import pytest
 import torch
@@ -29,6 +30,16 @@ def datasets_cache(tmp_path_factory):
     folder = tmp_path_factory.mktemp("datasets")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
+        yield folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def hub_home(tmp_path_factory):
+    """A home for the session in which checkpoints are signed, also by processes that a test starts."""
+    folder = tmp_path_factory.mktemp("hub")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(huggingface_hub.constants, "HF_HOME", str(folder))
+        patch.setenv("HF_HOME", str(folder))
         yield folder
 
 

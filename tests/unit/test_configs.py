@@ -6,6 +6,7 @@ import pytest
 
 from alignment.configs import DataArguments, ModelArguments
 from alignment.errors import ConfigError, UserError
+from scripts.sft_config import SFTConfig
 from scripts.simpo_config import SimPOConfig
 
 
@@ -85,6 +86,7 @@ def test_a_prompt_always_leaves_room_for_a_response(lengths, refusals):
         (SimPOConfig, "pair_layout", "square"),
         (SimPOConfig, "preprocessing", "new"),
         (SimPOConfig, "bad_rows", "keep"),
+        (SimPOConfig, "on_save_failure", "ignore"),
         (ModelArguments, "torch_dtype", "float8"),
         (ModelArguments, "bnb_4bit_quant_type", "int4"),
         (DataArguments, "truncation_side", "middle"),
@@ -133,6 +135,33 @@ def test_everything_wrong_is_named_in_one_error():
 def test_an_error_names_key_value_and_what_would_be_right():
     with pytest.raises(UserError, match=r"beta = -1\.0: must be positive"):
         SimPOConfig(beta=-1.0)
+
+
+@pytest.mark.parametrize("config", [SimPOConfig, SFTConfig])
+def test_every_run_saves_four_times_keeps_two_and_trusts_nobody(config):
+    defaults = {
+        "save_strategy": "steps",
+        "save_steps": 0.25,
+        "save_minutes": None,
+        "save_total_limit": 2,
+        "on_save_failure": "continue",
+        "resume_from_checkpoint": None,
+        "trust_checkpoint": False,
+    }
+    config = config(use_cpu=True)
+    assert {key: getattr(config, key) for key in defaults} == defaults
+
+
+@pytest.mark.parametrize("value", [0, -5.0, math.nan])
+def test_a_time_between_two_checkpoints_is_positive(value):
+    assert refused(SimPOConfig, save_minutes=value) == ["save_minutes"]
+    assert simpo(save_minutes=0.5).save_minutes == 0.5
+
+
+@pytest.mark.parametrize("settings", [{"on_save_failure": "stop"}, {"save_total_limit": None}, {"save_steps": 500}])
+def test_what_is_saved_and_kept_can_be_chosen(settings):
+    [(key, value)] = settings.items()
+    assert getattr(simpo(**settings), key) == value
 
 
 @pytest.mark.parametrize("processes", [1, 4])

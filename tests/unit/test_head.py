@@ -1,15 +1,26 @@
 """The scoring forward against log-softmax over all logits."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from trl.trainer.utils import add_fused_lm_head
 
-from alignment.head import OUTPUTS, TILE_TOKENS, TILE_VOCABULARY, add_chunked_lm_head, add_lm_head, chunked_logps, score_chunk
-from tests.builders import VOCABULARY, tiny_model
+from alignment import head
+from alignment.head import (
+    OUTPUTS,
+    TILE_TOKENS,
+    TILE_VOCABULARY,
+    add_chunked_lm_head,
+    add_lm_head,
+    chunked_logps,
+    score_chunk,
+)
+from tests.builders import SIZES, VOCABULARY, tiny_model
 
 LOGITS_OF_EVERY_KIND = ["llama", "mistral", "gemma2", "qwen2", "phi", "granite", "cohere", "hyperclovax"]
 
@@ -151,6 +162,28 @@ def test_the_load_balancing_loss_of_a_mixture_of_experts_is_the_models_own():
     assert model(**batch).aux_loss is not None
 
 
+@pytest.mark.parametrize("kind", ["granitemoe", "phimoe", "jetmoe", "olmoe"])
+def test_the_load_balancing_loss_is_the_models_own_whatever_its_config_calls_the_experts(kind):
+    sizes = {key: value for key, value in SIZES.items() if key != "num_attention_heads" or kind != "jetmoe"}
+    experts = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "output_router_logits": True}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes, **experts)).eval()
+    expected = model(input_ids=scored_batch()["input_ids"]).aux_loss
+    add_lm_head(model, "cpu")
+    torch.testing.assert_close(model(**scored_batch(), fused_lm_head=True).aux_loss, expected)
+
+
+def test_xlstm_scores_with_its_soft_cap():
+    sizes = {"hidden_size": 64, "num_heads": 2, "num_blocks": 1, "qk_dim_factor": 1.0, "vocab_size": VOCABULARY}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("xlstm", **sizes, output_logit_soft_cap=0.1)).eval()
+    with torch.no_grad():
+        expected, _ = plain_scores(model, scored_batch())
+        add_lm_head(model, "cpu")
+        logps, _ = head_scores(model, scored_batch())
+    torch.testing.assert_close(logps, expected)
+
+
 def test_gradient_checkpointing_changes_nothing():
     model = tiny_model(dtype=torch.float64)
     add_lm_head(model, "cpu")
@@ -173,7 +206,7 @@ class RowsOfLogits(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("adapter", [False, True])
-def test_never_more_than_one_chunk_of_logits_exists(adapter):
+def test_no_tensor_holds_more_than_one_chunk_of_logits(adapter):
     model = tiny_model("gemma2")
     add_lm_head(model, "cpu")
     if adapter:
@@ -250,6 +283,41 @@ def test_evaluation_without_gradients_gives_the_same_scores():
         logps, _ = head_scores(model, scored_batch())
     torch.testing.assert_close(logps, head_scores(model, scored_batch())[0])
     assert not logps.requires_grad
+
+
+def kept_bytes(logps_of: Callable[[], Tensor]) -> int:
+    """Of the tensors that wait for the backward."""
+    sizes: list[int] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        sizes.append(tensor.nbytes)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        logps_of()
+    return sum(sizes)
+
+
+@pytest.mark.parametrize("tiles", [0, 1, 2, 3, 6, 100])
+def test_tiles_that_were_kept_give_the_gradients_of_those_computed_again_within_their_budget(tiles, monkeypatch):
+    """50 tokens in chunks of 20 and two tiles of vocabulary: 6 tiles, the largest of 20 x 2,048 float64."""
+    torch.manual_seed(0)
+    linear = nn.Linear(8, TILE_VOCABULARY + 7, bias=False, dtype=torch.float64)
+    hidden = torch.randn(50, 8, dtype=torch.float64, requires_grad=True)
+    labels, upstream = torch.randint(TILE_VOCABULARY + 7, (50,)), torch.randn(50, dtype=torch.float64)
+
+    def logps() -> Tensor:
+        return chunked_logps(linear, hidden, labels, softcap=None, scale=0.5, chunk=20)[0]
+
+    monkeypatch.setattr(head, "KEPT_BYTES", 0)
+    nothing_kept, expected = kept_bytes(logps), torch.autograd.grad(logps() @ upstream, [hidden, linear.weight])
+    monkeypatch.setattr(head, "KEPT_BYTES", budget := tiles * 20 * TILE_VOCABULARY * 8)
+    assert (kept_bytes(logps) > nothing_kept) == (tiles > 0)
+    assert kept_bytes(logps) - nothing_kept <= budget + 6 * 20 * 8  # and the largest logit of each row of a tile
+    scored = logps() @ upstream
+    for _ in range(2):  # a second backward finds them unchanged
+        found = torch.autograd.grad(scored, [hidden, linear.weight], retain_graph=True)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("bias", [False, True])

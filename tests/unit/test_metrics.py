@@ -1,5 +1,8 @@
 """Means over what was seen, however it was portioned."""
 
+import json
+import math
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -70,3 +73,47 @@ def test_what_is_added_holds_no_graph(accelerator):
     means.add("x", loss, 2)
     assert means.flush(accelerator) == {"x": 1.0}
     assert not any(total.requires_grad for total in means._totals.values())
+
+
+def thirds(count: int, seed: int) -> list[torch.Tensor]:
+    """Numbers whose sum no decimal of a few digits writes down."""
+    return list(torch.randn(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) / 3)
+
+
+def test_sums_that_went_through_a_file_go_on_bit_for_bit(accelerator):
+    unbroken, before, after = RunningMeans(), RunningMeans(), RunningMeans()
+    for value in thirds(50, seed=0):
+        for means in (unbroken, before):
+            means.add("x", value, 3)
+            means.add("y", value * 1e-300, torch.tensor(7))
+    after.restore(json.loads(json.dumps(before.state())), torch.device("cpu"))
+    for value in thirds(50, seed=1):
+        for means in (unbroken, after):
+            means.add("x", value, 3)
+            means.add("y", value * 1e-300, torch.tensor(7))
+    assert after.state() == unbroken.state()
+    assert after.flush(accelerator) == unbroken.flush(accelerator)
+
+
+def test_looking_at_the_sums_leaves_them_there(accelerator):
+    means = RunningMeans()
+    means.add("x", torch.tensor(6.0), 4)
+    assert means.state() == means.state() == {"x": [(6.0).hex(), (4.0).hex()]}
+    assert means.flush(accelerator) == {"x": 1.5}
+    assert means.state() == {}
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_a_sum_that_is_not_finite_is_restored_as_it_was(accelerator, value):
+    before, after = RunningMeans(), RunningMeans()
+    before.add("x", torch.tensor(value), 1)
+    after.restore(json.loads(json.dumps(before.state())), torch.device("cpu"))
+    assert after.flush(accelerator)["x"] == pytest.approx(value, nan_ok=True)
+
+
+def test_names_are_restored_in_their_order_because_processes_add_up_by_position():
+    before, after = RunningMeans(), RunningMeans()
+    for name in ("z", "a", "m"):
+        before.add(name, torch.tensor(1.0), 1)
+    after.restore(json.loads(json.dumps(before.state())), torch.device("cpu"))
+    assert list(after.state()) == ["z", "a", "m"]

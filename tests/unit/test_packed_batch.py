@@ -34,7 +34,13 @@ LOSS = {"beta": 2.5, "gamma_beta_ratio": 0.4}
 UNUSED_TOKEN = 3  # token_rows never draws it
 # Of the kinds below: a window that is shorter than a prompt, in the first of two layers where layers differ.
 WINDOW = {"sliding_window": 8, "use_sliding_window": True, "layer_types": ["sliding_attention", "full_attention"]}
-EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+EXPERTS = {
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "n_routed_experts": 4,
+}
 
 
 def model_of(kind: str, *, dtype: torch.dtype = torch.float32, **settings: Any) -> PreTrainedModel:
@@ -44,8 +50,9 @@ def model_of(kind: str, *, dtype: torch.dtype = torch.float32, **settings: Any) 
     config_type = CONFIG_MAPPING[kind]
     known = {field.name for field in fields(config_type)}
     own = {key: value for key, value in {**WINDOW, **EXPERTS, "head_dim": 8}.items() if key in known}
+    config = config_type(**{**SIZES, "bos_token_id": 0, **own, **settings})  # CWM insists on a bos
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config_type(**{**SIZES, **own, **settings}), dtype=dtype)
+    return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
 # ---- The batch ----

@@ -15,18 +15,25 @@ WINDOWS = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_atten
 EXPERTS = {"num_experts_per_tok": 2, "sliding_window": 5}
 OWN = {
     "cohere2": WINDOWS,
+    "cwm": {**WINDOWS, "bos_token_id": 0},
     "ernie4_5": {"head_dim": 8},
     "exaone4": {**WINDOWS, "sliding_window_pattern": "LG"},
     "gemma": {"head_dim": 8},
     "gemma2": {**WINDOWS, "head_dim": 8, "attn_implementation": "eager"},
     "gemma3_text": {**WINDOWS, "head_dim": 8},
+    "glm": {"head_dim": 8},
     "glm4": {"head_dim": 8},
+    "glm4_moe": {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 8},
+    "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "helium": {"head_dim": 8},
     "hunyuan_v1_dense": {"head_dim": 8},
+    "hyperclovax": {"head_dim": 8},
+    "minimax_m2": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8},
     "ministral3": {"head_dim": 8, "sliding_window": 5},
     "mistral": {"sliding_window": 5},
     "mixtral": {**EXPERTS, "num_local_experts": 4},
     "olmo3": WINDOWS,
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
     "phi3": {"sliding_window": 5},
     "qwen2": {**WINDOWS, "use_sliding_window": True},
     "qwen3": {**WINDOWS, "use_sliding_window": True, "head_dim": 8},
@@ -34,6 +41,7 @@ OWN = {
     "seed_oss": {"head_dim": 8},
     "smollm3": {"no_rope_layers": [1, 0]},
     "starcoder2": {"sliding_window": 5},
+    "vaultgemma": {**WINDOWS, "head_dim": 8, "attn_implementation": "eager"},
 }
 ROWS = builders.token_rows([(9, 3, 9), (2, 12, 4), (20, 6, 6), (1, 1, 5)])
 

@@ -40,11 +40,12 @@ from alignment.shared_prompt import (
     Attend,
     SharedPrompt,
     block_mask,
+    by_segment,
+    causal_mask,
     eager,
     flash,
     flex,
     sdpa,
-    segment_mask,
     shared_prompt_layout,
     use_shared_prompts,
     why_not,
@@ -90,14 +91,13 @@ def test_the_layout_of_two_pairs_written_out():
     assert {layout.key_index.dtype, layout.cu_queries.dtype, layout.cu_keys.dtype} == {torch.int32}  # varlen kernels insist
 
 
-def test_the_mask_of_a_branch_written_out():
-    branch = shared_prompt_layout([(2, 3, 1)]).segments[1]
-    assert segment_mask(branch, None, torch.device("cpu")).int().tolist() == [
+def test_the_mask_of_a_branch_of_three_tokens_behind_two_written_out():
+    assert causal_mask(3, 5, None, torch.device("cpu")).int().tolist() == [
         [1, 1, 1, 0, 0],
         [1, 1, 1, 1, 0],
         [1, 1, 1, 1, 1],
     ]
-    assert segment_mask(branch, 2, torch.device("cpu")).int().tolist() == [
+    assert causal_mask(3, 5, 2, torch.device("cpu")).int().tolist() == [
         [0, 1, 1, 0, 0],
         [0, 0, 1, 1, 0],
         [0, 0, 0, 1, 1],
@@ -112,7 +112,8 @@ def test_a_token_sees_its_prompt_and_its_own_branch_up_to_itself_within_the_wind
     seen = torch.zeros(tokens, tokens, dtype=torch.bool)
     for segment, (first, end) in zip(layout.segments, pairwise(layout.cu_keys.tolist()), strict=True):
         keys = layout.key_index[first:end].long()
-        seen[segment.start : segment.start + segment.length, keys] = segment_mask(segment, window, seen.device)
+        mask = causal_mask(segment.length, len(keys), window, seen.device)
+        seen[segment.start : segment.start + segment.length, keys] = mask
     assert torch.equal(seen, dense_mask(lengths, window))
 
 
@@ -290,15 +291,34 @@ def assert_attends_as_the_whole_row(kernel: Callable, window: int | None, softca
     )
 
 
+@pytest.mark.parametrize("block", [1, 3, 4, 128])
 @pytest.mark.parametrize("window", WINDOWS)
-def test_sdpa_on_a_cpu_attends_as_one_softmax_over_the_row(window):
+def test_sdpa_on_a_cpu_attends_as_one_softmax_over_the_row(window, block, monkeypatch):
+    monkeypatch.setattr(shared_prompt, "QUERY_BLOCK", block)
     assert_attends_as_the_whole_row(sdpa, window, None)
 
 
+@pytest.mark.parametrize("block", [3, 128])
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("window", WINDOWS)
-def test_eager_attends_as_one_softmax_over_the_row(window, softcap):
+def test_eager_attends_as_one_softmax_over_the_row(window, softcap, block, monkeypatch):
+    monkeypatch.setattr(shared_prompt, "QUERY_BLOCK", block)
     assert_attends_as_the_whole_row(eager, window, softcap)
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_a_block_of_queries_is_given_only_keys_that_one_of_them_sees(window, monkeypatch):
+    monkeypatch.setattr(shared_prompt, "QUERY_BLOCK", 4)
+    masks: list[Tensor] = []
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, ask: Attend) -> Tensor:
+        assert mask.shape == (query.shape[2], key.shape[2])
+        masks.append(mask)
+        return query
+
+    by_segment(*random_heads(sum(map(sum, LENGTHS))), ask_of(shared_prompt_layout(LENGTHS), window), attend)
+    assert all(mask.any(0).all() for mask in masks)
+    assert max(map(len, masks)) == 4
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
