@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 RECIPE_FILE = "recipe.yaml"
 STAGING = "_run/staging"  # where a checkpoint is written: a name that no pattern of transformers takes for one, or pushes
+REPLACED = "replaced-"
 SET_ASIDE = "_run/earlier"  # where checkpoints go that a fresh start finds
 # Keys that leave the trained weights alone; anything else that differs makes another run.
 HARMLESS = (
@@ -100,10 +101,11 @@ def sync(path: Path) -> None:
 
 
 def publish(staged: Path, target: Path) -> None:
-    """Rename a sealed folder into place. What stood there with a manifest of its own is replaced, anything else set aside."""
+    """Rename a sealed folder into place. What the same run had there is replaced, anything else set aside."""
     if target.exists():
-        if (target / MANIFEST).exists():
-            target.rename(staged.with_name(f"replaced-{target.name}"))
+        before = read_facts(target)
+        if before and before.get("run_id") == read_facts(staged).get("run_id"):
+            target.rename(staged.with_name(f"{REPLACED}{target.name}"))
         else:
             set_aside(target)
     staged.rename(target)
@@ -111,11 +113,20 @@ def publish(staged: Path, target: Path) -> None:
     shutil.rmtree(staged.parent)
 
 
+def undo_replacement(output_dir: Path) -> None:
+    """Put back what `publish` had moved out of the way when it was killed between its two renames."""
+    for replaced in (output_dir / STAGING).glob(f"{REPLACED}*"):
+        target = output_dir / replaced.name.removeprefix(REPLACED)
+        if not target.exists():
+            replaced.rename(target)
+
+
 def set_aside(checkpoint: Path) -> Path:
     """Move a checkpoint to where no run finds or deletes it. Returns its new place."""
     folder = checkpoint.parent / SET_ASIDE
-    number = 1 + len(list(folder.glob(f"{checkpoint.name}.*")))
     folder.mkdir(parents=True, exist_ok=True)
+    taken = [int(path.suffix[1:]) for path in folder.glob(f"{checkpoint.name}.*")]
+    number = 1 + max(taken, default=0)
     return checkpoint.rename(folder / f"{checkpoint.name}.{number}")
 
 
@@ -123,9 +134,10 @@ def prune(output_dir: Path, keep: int | None, run_id: str | None, best: str | No
     """Delete a run's oldest checkpoints, by step, until `keep` are left; never the newest, the best, or another's."""
     if not keep:
         return
-    mine = [path for _, path in sorted(numbered(output_dir).items()) if read_facts(path).get("run_id", path) == run_id]
-    for path in mine[: -max(keep, 1)]:
-        if best is None or path.resolve() != Path(best).resolve():
+    described = ((path, read_facts(path)) for _, path in sorted(numbered(output_dir).items()))
+    mine = [path for path, facts in described if facts and facts.get("run_id") == run_id]
+    for path in mine[:-keep]:
+        if best is None or path.name != Path(best).name:  # by name: the folder may have been moved
             # Out of sight first: a deletion cut short must not leave a checkpoint that looks damaged.
             doomed = output_dir / STAGING / f"old-{path.name}"
             doomed.parent.mkdir(parents=True, exist_ok=True)
@@ -152,7 +164,7 @@ def signing_key() -> bytes | None:
     try:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            draft = path.with_name(f"{path.name}.{os.getpid()}")
+            draft = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
             draft.touch(mode=0o600, exist_ok=False)
             draft.write_bytes(secrets.token_bytes(32))
             try:
@@ -205,6 +217,9 @@ def verify(folder: Path) -> Checkpoint:
             raise Damaged(f"{name} is missing")
         if path.stat().st_size != file["size"]:
             raise Damaged(f"{name} has {path.stat().st_size} bytes instead of {file['size']}")
+    for path in folder.rglob("*"):
+        if path.is_symlink():
+            raise Damaged(f"{path.relative_to(folder)} is a link")
     present = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     for name in sorted(set(present) - files.keys() - {MANIFEST}):
         if name.endswith(LOADABLE):
@@ -226,12 +241,11 @@ def newest_whole(output_dir: Path) -> Checkpoint | None:
 
     Raises UserError if there are checkpoints and none can be resumed: starting from nothing would cost the run silently.
     """
+    undo_replacement(output_dir)
     skipped = []
     for _, path in sorted(numbered(output_dir).items(), reverse=True):
         try:
-            checkpoint = verify(path)
-            if not checkpoint.manifest["resumable"]:
-                raise Damaged("it holds weights only (save_only_model)")
+            checkpoint = resumable(path)
         except Damaged as reason:
             logger.warning("Skipped %s: %s.", path, reason)
             skipped.append(f"  {path.name}: {reason}")
@@ -250,7 +264,17 @@ def newest_whole(output_dir: Path) -> Checkpoint | None:
     return None
 
 
+def resumable(path: Path) -> Checkpoint:
+    """A verified checkpoint. Raises Damaged also if a run cannot go on from it."""
+    checkpoint = verify(path)
+    if not checkpoint.manifest["resumable"]:
+        raise Damaged("it holds weights only (save_only_model)")
+    return checkpoint
+
+
 # ---- Choosing ----
+
+AFRESH = ("never", "false", "False")
 
 
 def checkpoint_to_resume(output_dir: Path, choice: str | None, *, trust: bool = False) -> Checkpoint | None:
@@ -260,7 +284,7 @@ def checkpoint_to_resume(output_dir: Path, choice: str | None, *, trust: bool = 
     trust: take a path that has no manifest, and load what executes code whoever wrote it.
     Raises UserError if the checkpoint cannot be trusted to be whole, or to be safe.
     """
-    if choice in ("never", "false", "False"):
+    if choice in AFRESH:
         for path in numbered(output_dir).values():
             logger.info("%s set aside as %s.", path.name, set_aside(path))
         return None
@@ -272,12 +296,14 @@ def checkpoint_to_resume(output_dir: Path, choice: str | None, *, trust: bool = 
 
 
 def named_checkpoint(path: Path, trust: bool) -> Checkpoint:
-    if trust and path.is_dir() and not (path / MANIFEST).exists():
+    if trust and not (path / MANIFEST).exists():
         state = path / "trainer_state.json"
-        if state.is_file():
+        try:
             return Checkpoint(path, {"step": json.loads(state.read_text(encoding="utf-8"))["global_step"]})
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"resume_from_checkpoint = {str(path)!r}: {state.name} cannot be read ({error})") from error
     try:
-        return verify(path)
+        return resumable(path)
     except Damaged as reason:
         way_out = " One that was made elsewhere is taken with --trust_checkpoint." if path.is_dir() and not trust else ""
         raise UserError(f"resume_from_checkpoint = {str(path)!r}: no whole checkpoint is there; {reason}.{way_out}") from reason

@@ -17,7 +17,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_pt_utils import get_model_param_count
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
-from .checkpoints import RECIPE_FILE, STAGING, Identity, newest_whole, numbered, prune, publish, seal, size
+from .checkpoints import AFRESH, RECIPE_FILE, STAGING, Identity, newest_whole, numbered, prune, publish, seal, size
 from .errors import TrainingStopped
 from .run_folder import write_status
 from .signals import RunInterrupted, StopSignals
@@ -63,15 +63,19 @@ class DurableTrainer(Trainer):
         self.saved_at = time.monotonic()
         if self.evaluation_due:
             self.args.eval_on_start = True
-        output = super().train(resume_from_checkpoint, *args, **kwargs)
+        try:
+            output = super().train(resume_from_checkpoint, *args, **kwargs)
+        except EvaluationCut:  # the one that was due; the checkpoint says so still
+            raise RunInterrupted(self.interruption()) from None
         if self.is_stopping:
             raise RunInterrupted(self.interruption())
         return output
 
     def interruption(self) -> str:
         name = self.stop.received.name if self.stop.received else "a signal to another process"
+        again = ", without resume_from_checkpoint," if self.args.resume_from_checkpoint in AFRESH else ""
         saved = (
-            f"its checkpoint is whole, and the same command goes on from step {self.saved_step}"
+            f"its checkpoint is whole, and the same command{again} goes on from step {self.saved_step}"
             if self.saved_step == self.state.global_step
             else "it could not be saved"
         )
@@ -115,6 +119,9 @@ class DurableTrainer(Trainer):
         """
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         staged, target = Path(self._get_output_dir(trial), name), Path(self.args.output_dir, name)
+        self.saved_at = time.monotonic()  # of the attempt: the next one can wait as long, if it fails
+        if self.saved_step == self.state.global_step:
+            return
         first = self.is_world_process_zero()
         problem = self.no_room() if first else None
         for part in (lambda: self.write(staged, target, trial), lambda: self.publish(staged, target)):
@@ -124,7 +131,7 @@ class DurableTrainer(Trainer):
         if self.agree(bool(problem))[0]:
             self.give_up_saving(staged, problem or "it failed on another process")
             return
-        self.saved_at, self.saved_step = time.monotonic(), self.state.global_step
+        self.saved_step = self.state.global_step
         if first:
             run_id = self.identity and self.identity.run_id
             prune(Path(self.args.output_dir), self.args.save_total_limit, run_id, self.state.best_model_checkpoint)
@@ -248,11 +255,12 @@ class StepEnds(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.trainer.saved_step = state.global_step or -1  # what was resumed is saved
         saves = args.save_strategy != "no" and (args.save_strategy != "steps" or state.save_steps < state.max_steps)
         if not saves and args.save_minutes is None:
             logger.warning(
                 "Nothing will be saved before the end (save_strategy: %s, save_steps: %s): whatever stops the run but a signal "
-                "loses all of it. --save_minutes=30 keeps checkpoints.", args.save_strategy, args.save_steps,
+                "loses all of it. --save_minutes=30 keeps checkpoints.", args.save_strategy.value, args.save_steps,
             )  # fmt: skip
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

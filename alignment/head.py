@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.utils import ModelOutput
 from trl.trainer.utils import add_fused_lm_head
@@ -23,6 +23,7 @@ from trl.trainer.utils import add_fused_lm_head
 # A tile of 1,024 x 2,048 float32 logits is 8 MB and stays in a processor's cache, where what follows the matrix product
 # is nearly free: a fifth less time than whole rows of 128,256 logits, a ninth less for 32,000.
 TILE_TOKENS, TILE_VOCABULARY = 1024, 2048
+KEPT_BYTES = 192 * 2**20  # of the forward's tiles, for its backward, which computes the others again
 OUTPUTS = ("log_probs", "mean_logits")
 
 
@@ -51,8 +52,7 @@ def add_lm_head(model: PreTrainedModel, device_type: str) -> None:
 def add_chunked_lm_head(model: PreTrainedModel) -> None:
     plain_forward = model.forward
     softcap, scale = logit_transform(model)
-    config = model.config.get_text_config()
-    routed = getattr(config, "output_router_logits", False)
+    routed = getattr(model.config.get_text_config(), "output_router_logits", False)
 
     @functools.wraps(type(model).forward)  # `generate` reads the signature
     def forward(self: PreTrainedModel, *args, fused_lm_head: bool = False, shift_labels: Tensor | None = None, **kwargs):
@@ -72,22 +72,24 @@ def add_chunked_lm_head(model: PreTrainedModel) -> None:
         return HeadOutput(
             log_probs=spread(logps),
             mean_logits=spread(mean_logits),
-            aux_loss=router_loss(outputs.router_logits, config, kwargs.get("attention_mask")) if routed else None,
+            aux_loss=router_loss(outputs.router_logits, self, kwargs.get("attention_mask")) if routed else None,
         )
 
     model.forward = types.MethodType(forward, model)
 
 
-def router_loss(router_logits: tuple[Tensor, ...], config: PreTrainedConfig, attention_mask: Tensor | None) -> Tensor:
+def router_loss(router_logits: tuple[Tensor, ...], model: PreTrainedModel, attention_mask: Tensor | None) -> Tensor:
     """The load-balancing loss of a mixture of experts, over tokens that are not padding; a packed row has none."""
     padding_mask = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
-    return load_balancing_loss_func(router_logits, config.num_experts, config.num_experts_per_tok, padding_mask)
+    # The model's own numbers, as in its plain forward: configs call them num_experts, num_local_experts or moe_num_experts.
+    return load_balancing_loss_func(router_logits, model.num_experts, model.num_experts_per_tok, padding_mask)
 
 
 def logit_transform(model: PreTrainedModel) -> tuple[float | None, float]:
-    """Soft-capping (Gemma-2) and multiplier (Cohere, Granite, Falcon-H1) that a model applies to its logits."""
+    """Soft-capping (Gemma-2, xLSTM) and multiplier (Cohere, Granite, Falcon-H1) that a model applies to its logits."""
     config = model.config.get_text_config()
-    softcap = getattr(config, "final_logit_softcapping", getattr(config, "logits_soft_cap", None))
+    caps = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+    softcap = next((getattr(config, name) for name in caps if hasattr(config, name)), None)
     multiplier = getattr(config, "logit_scale", getattr(config, "lm_head_multiplier", None))
     scaling = getattr(config, "logits_scaling", None)  # Granite divides by it, HyperCLOVA X multiplies
     if multiplier is None and scaling is not None:
@@ -101,7 +103,8 @@ def chunked_logps(
     """Log-probability of each label, and the mean logit beside it.
 
     hidden: (N, H); labels: (N,) token ids. Returns (N,) nats with gradient and (N,) without; float32, or float64 for a
-    float64 model. Holds the logits of one tile, or behind an adapter of one chunk of tokens, forward and backward.
+    float64 model. Holds the logits of one tile, or behind an adapter of one chunk of tokens, forward and backward; between
+    the two it keeps up to KEPT_BYTES of tiles.
     """
     if type(head) is nn.Linear:
         weight, bias = head.weight, head.bias
@@ -109,7 +112,8 @@ def chunked_logps(
             dtype = torch.get_autocast_dtype(hidden.device.type)
             hidden, weight = hidden.to(dtype), weight.to(dtype)
             bias = None if bias is None else bias.to(dtype)
-        return LinearLogps.apply(hidden, weight, bias, labels, softcap, scale, chunk)
+        keep = KEPT_BYTES if torch.is_grad_enabled() and softcap is None else 0  # soft-capping needs the logits themselves
+        return LinearLogps.apply(hidden, weight, bias, labels, softcap, scale, chunk, keep)
     # A head with an adapter on it: its own forward, recomputed chunk by chunk.
     chunk = min(chunk, 256)
     pieces = [
@@ -155,38 +159,47 @@ class LinearLogps(torch.autograd.Function):
     """`score_chunk` for a plain linear head, tile by tile: a running softmax forward, its gradient in place backward."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, softcap, scale, chunk):
+    def forward(ctx, hidden, weight, bias, labels, softcap, scale, chunk, keep):
         wide = hidden.dtype if hidden.dtype == torch.float64 else torch.float32
         logits_sum, picked, total = hidden.new_zeros(3, len(labels), dtype=wide)  # (N,) each
         top = torch.full_like(total, -torch.inf)  # (N,), the largest logit so far; total sums exp(logit - top)
+        kept: list[Tensor] = []  # of the first tiles exp(logit - top), and the top of then
         for tile in tiles(labels, len(weight), chunk):
             logits = transform_logits(tile_logits(hidden, weight, bias, tile), softcap, scale)  # (tokens, words)
             picked[tile.tokens][tile.rows] = logits[tile.rows, tile.columns]
             logits_sum[tile.tokens] += logits.sum(-1)
             before, now = top[tile.tokens], torch.maximum(top[tile.tokens], logits.amax(-1))
             total[tile.tokens] *= (before - now).exp()
-            total[tile.tokens] += logits.sub_(now[:, None]).exp_().sum(-1)
+            powers = logits.sub_(now[:, None]).exp_()
+            total[tile.tokens] += powers.sum(-1)
             top[tile.tokens] = now
+            keep -= powers.nbytes
+            if keep >= 0:
+                kept += [powers, now]
         normalizers = top + total.log()
         mean_logits = logits_sum / len(weight)
-        ctx.save_for_backward(hidden, weight, bias, labels, normalizers)
+        ctx.save_for_backward(hidden, weight, bias, labels, normalizers, *kept)
         ctx.softcap, ctx.scale, ctx.chunk = softcap, scale, chunk
         ctx.mark_non_differentiable(mean_logits)
         return picked - normalizers, mean_logits
 
     @staticmethod
     def backward(ctx, grad_logps, _grad_mean_logits):
-        hidden, weight, bias, labels, normalizers = ctx.saved_tensors
+        hidden, weight, bias, labels, normalizers, *kept = ctx.saved_tensors
+        powers, tops = iter(kept[::2]), iter(kept[1::2])
         wide = normalizers.dtype
         wanted = [torch.zeros_like(x, dtype=wide) if x is not None and needed else None
                   for x, needed in zip((hidden, weight, bias), ctx.needs_input_grad[:3], strict=True)]  # fmt: skip
         grad_hidden, grad_weight, grad_bias = wanted
         for tile in tiles(labels, len(weight), ctx.chunk):
-            logits = transform_logits(tile_logits(hidden, weight, bias, tile), ctx.softcap, ctx.scale)
-            slope = None if ctx.softcap is None else 1 - (logits / ctx.softcap).square_()  # d softcapped / d logit
-            upstream = grad_logps[tile.tokens]
+            upstream, normalizer, slope = grad_logps[tile.tokens], normalizers[tile.tokens], None
             # d logp / d logits = onehot - softmax
-            grad = logits.sub_(normalizers[tile.tokens, None]).exp_().mul_(-upstream[:, None])
+            if (power := next(powers, None)) is not None:
+                grad = power * ((next(tops) - normalizer).exp_() * -upstream)[:, None]
+            else:
+                logits = transform_logits(tile_logits(hidden, weight, bias, tile), ctx.softcap, ctx.scale)
+                slope = None if ctx.softcap is None else 1 - (logits / ctx.softcap).square_()  # d softcapped / d logit
+                grad = logits.sub_(normalizer[:, None]).exp_().mul_(-upstream[:, None])
             grad[tile.rows, tile.columns] += upstream[tile.rows]
             grad = grad if slope is None else grad.mul_(slope)
             grad = grad if ctx.scale == 1.0 else grad.mul_(ctx.scale)
@@ -198,7 +211,7 @@ class LinearLogps(torch.autograd.Function):
                 add_product(grad_weight[tile.words], grad.T, hidden[tile.tokens])
         dtypes = (x if x is None else x.dtype for x in (hidden, weight, bias))
         grads = (x if x is None else x.to(dtype) for x, dtype in zip(wanted, dtypes, strict=True))
-        return *grads, None, None, None, None
+        return *grads, *(None,) * 5
 
 
 def tile_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, tile: Tile) -> Tensor:

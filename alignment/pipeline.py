@@ -28,6 +28,7 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, Trai
 from . import chat, prepare
 from .adapters import check_adapters, provenance, settle_adapter, starting_point
 from .checkpoints import (
+    AFRESH,
     RECIPE_FILE,
     Checkpoint,
     Identity,
@@ -209,7 +210,7 @@ def fingerprint(rows: Dataset) -> str:
 def is_finished(run_: Run, data: str) -> bool:
     """Whether the folder holds the end of this very run. Raises UserError if it holds the end of another."""
     status = read_status(run_.output_dir)
-    if run_.training_args.resume_from_checkpoint == "never" or not status or status["state"] != "finished":
+    if run_.training_args.resume_from_checkpoint in AFRESH or not status or status["state"] != "finished":
         return False
     if not any(run_.output_dir.glob("*.safetensors")):
         return False

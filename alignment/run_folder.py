@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import time
 from collections.abc import Iterator
@@ -16,8 +17,7 @@ from .errors import UserError
 # transformers pushes nothing whose name begins so.
 STATUS_FILE = "_run/status.json"
 LOCK_FILE = "_run/lock"
-# Data workers of a killed run hold its lock until they notice, which takes them 5 seconds.
-PATIENCE_S = 10.0
+PATIENCE_S = 10.0  # a run that was just told to stop may need a moment
 
 
 @contextmanager
@@ -43,9 +43,7 @@ def only_writer(output_dir: Path) -> Iterator[None]:
         yield
     finally:
         if made and [other for other in made[-1].rglob("*") if not other.is_dir()] == [path]:
-            path.unlink()
-            for folder in made:
-                folder.rmdir()
+            shutil.rmtree(made[-1])
         lock.release()
 
 

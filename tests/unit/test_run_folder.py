@@ -172,7 +172,6 @@ def test_a_folder_that_holds_anything_stays(tmp_path):
     assert (tmp_path / "run" / "recipe.yaml").read_text() == "beta: 2"
 
 
-@pytest.mark.xfail(strict=True, reason="rmdir meets the empty folder, and its error takes the place of the run's own")
 def test_an_empty_folder_inside_hides_no_error(tmp_path):
     with pytest.raises(UserError, match="a wrong recipe"):
         fail_in(tmp_path / "run", "logs/")
