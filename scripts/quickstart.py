@@ -75,7 +75,7 @@ def write_model() -> None:
 def launch(script: str, recipe: str) -> None:
     """Run a stage. Where it fails its own error stands last on the screen, and the exit status is 1."""
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
-    command = [*launcher, "--config_file", "accelerate_configs/cpu.yaml", script, recipe]
+    command = [*launcher, "--config_file", "accelerate_configs/cpu.yaml", "--cpu", "--num_processes=1", script, recipe]
     status = subprocess.run(command, env={**os.environ, **ENVIRONMENT}).returncode
     if status != 0:
         sys.exit(1)

@@ -162,12 +162,20 @@ def test_the_load_balancing_loss_of_a_mixture_of_experts_is_the_models_own():
     assert model(**batch).aux_loss is not None
 
 
-@pytest.mark.parametrize("kind", ["granitemoe", "phimoe", "jetmoe", "olmoe"])
-def test_the_load_balancing_loss_is_the_models_own_whatever_its_config_calls_the_experts(kind):
+@pytest.mark.parametrize(
+    ("kind", "experts"),
+    [
+        ("granitemoe", "num_local_experts"),
+        ("phimoe", "num_local_experts"),
+        ("jetmoe", "num_local_experts"),
+        ("olmoe", "num_experts"),
+    ],
+)
+def test_the_load_balancing_loss_is_the_models_own_whatever_its_config_calls_the_experts(kind, experts):
     sizes = {key: value for key, value in SIZES.items() if key != "num_attention_heads" or kind != "jetmoe"}
-    experts = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "output_router_logits": True}
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes, **experts)).eval()
+    config = AutoConfig.for_model(kind, **sizes, **{experts: 4}, num_experts_per_tok=2, output_router_logits=True)
+    model = AutoModelForCausalLM.from_config(config).eval()
     expected = model(input_ids=scored_batch()["input_ids"]).aux_loss
     add_lm_head(model, "cpu")
     torch.testing.assert_close(model(**scored_batch(), fused_lm_head=True).aux_loss, expected)

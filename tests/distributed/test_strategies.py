@@ -1,0 +1,226 @@
+"""Two processes on a CPU (gloo) make of a recipe what one does, however they divide the model among them."""
+
+import shlex
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM
+from safetensors.torch import load_file
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM
+
+from alignment.configs import DataArguments
+from alignment.data import get_datasets
+from alignment.pipeline import PAIRS
+from alignment.prepare import to_pair_texts, to_tokens
+from alignment.tokenization import LengthRules
+from tests import builders, reference
+from tests.distributed.conftest import BETA, HELD_OUT, Launched, environment, launch, launcher_config, records, scored_pairs
+
+CONFIGS = {
+    "ddp": "cpu.yaml",
+    "zero2": "deepspeed_zero2.yaml",
+    "zero3": "deepspeed_zero3.yaml",
+    "fsdp1": "fsdp.yaml",
+    "fsdp2": "fsdp2.yaml",
+}
+WRAPPERS = {
+    "ddp": "DistributedDataParallel",
+    "zero2": "DeepSpeedEngine",
+    "zero3": "DeepSpeedEngine",
+    "fsdp1": "FullyShardedDataParallel",
+    "fsdp2": "FSDPLlamaForCausalLM",
+}
+LORA = ["--use_peft=true", "--lora_r=4", "--lora_target_modules=all-linear"]
+SAVING = ["--save_strategy=steps", "--save_steps=2", "--num_train_epochs=2"]
+RUNS = {
+    "packed": ["--pair_layout=packed"],
+    "padded": ["--pair_layout=padded"],
+    "lora": LORA,
+    "by tokens": ["--max_tokens_per_micro_batch=300"],
+}
+# What the launcher says about checkpoints; the end has to be whole all the same.
+LEFT_IN_SHARDS = {
+    "zero3": {"ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "false"},
+    "fsdp2": {"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"},
+}
+PARAMETERS = sum(parameter.numel() for parameter in builders.tiny_model().parameters())
+
+every_strategy = pytest.mark.parametrize("strategy", CONFIGS)
+
+
+def jobs_of(strategy: str, recipe: Path, folder: Path) -> dict[str, dict[str, Any]]:
+    """All runs of a strategy, for one launch: starting two processes takes longer than these."""
+
+    def job(name: str, *options: str, **settings: Any) -> dict[str, Any]:
+        argv = [str(recipe), f"--output_dir={folder / name}", f"--strategy={strategy}", "--num_processes=2", *options]
+        return {"argv": argv, **settings}
+
+    jobs = {name: job(name, *options) for name, options in RUNS.items()}
+    jobs["bf16"] = job("bf16", "--bf16=true", "--max_steps=1")
+    for name, options in (("whole", ["--pair_layout=packed"]), ("whole lora", LORA)):
+        resumed = name.replace("whole", "resumed")
+        again = {"source": str(folder / name), "target": str(folder / resumed), "step": 2}
+        jobs |= {name: job(name, *options, *SAVING), resumed: job(resumed, *options, *SAVING, rewind=again)}
+    if strategy in LEFT_IN_SHARDS:
+        sharded = {"environment": LEFT_IN_SHARDS[strategy]}
+        jobs["sharded"] = job("sharded", "--pair_layout=packed", **sharded)
+        jobs["disk full"] = job("disk full", "--pair_layout=packed", sabotage="disk full at the end", **sharded)
+    return jobs
+
+
+@pytest.fixture(scope="session")
+def launched(recipe, tmp_path_factory):
+    """strategy -> its launch, of which there is one a session."""
+    launches: dict[str, Launched] = {}
+
+    def launched_with(strategy: str) -> Launched:
+        if strategy not in launches:
+            folder = tmp_path_factory.mktemp(strategy)
+            config = launcher_config(CONFIGS[strategy], folder)
+            launches[strategy] = launch(config, folder, jobs_of(strategy, recipe, folder))
+        assert launches[strategy].status == 0, launches[strategy].printed
+        return launches[strategy]
+
+    return launched_with
+
+
+# ---- Numbers ----
+
+
+@every_strategy
+@pytest.mark.parametrize("name", RUNS)
+def test_two_processes_match_one(name, strategy, launched, one_process):
+    one, two = one_process(*RUNS[name]), launched(strategy).folder / name
+    for key, count in (("loss", 2), ("eval_loss", 2)):
+        ours, theirs = records(one, key), records(two, key)
+        assert len(ours) == len(theirs) == count
+        for mine, other in zip(ours, theirs, strict=True):
+            assert other[key] == pytest.approx(mine[key], rel=1e-5)
+            assert comparable(other) == pytest.approx(comparable(mine), rel=1e-5, abs=2e-6)
+    weights = "adapter_model.safetensors" if name == "lora" else "model.safetensors"
+    assert_close(load_file(two / weights), load_file(one / weights), rtol=1e-5, atol=1e-6)
+
+
+def comparable(record: dict[str, float]) -> dict[str, float]:
+    """Without times, and the share of tokens saved, which depends on how rows are grouped."""
+    timing = ("second", "runtime", "memory", "tokens_saved")
+    return {name: value for name, value in record.items() if not any(part in name for part in timing)}
+
+
+@every_strategy
+@pytest.mark.parametrize("name", RUNS)
+def test_every_held_out_pair_is_scored_once_and_as_by_one_process(name, strategy, launched, one_process):
+    ours, theirs = scored_pairs(one_process(*RUNS[name])), scored_pairs(launched(strategy).folder / name)
+    assert [pair["index"] for pair in theirs] == list(range(HELD_OUT))
+    for key in ("chosen_reward", "rejected_reward", "chosen_tokens", "rejected_tokens"):
+        assert [pair[key] for pair in theirs] == pytest.approx([pair[key] for pair in ours], rel=1e-5)
+
+
+@every_strategy
+def test_parameters_are_float32_and_so_are_log_probabilities_where_bf16_computes(strategy, launched, one_process):
+    for facts in launched(strategy).facts:
+        assert facts["bf16"]["master"] == ["torch.float32"]
+        assert facts["bf16"]["logps"] == "torch.float32"
+        assert facts["bf16"]["frequencies"] == ["torch.float32"]
+    (bf16,) = records(launched(strategy).folder / "bf16", "loss")
+    float32 = records(one_process(*RUNS["packed"]), "loss")[0]
+    assert bf16["logps/chosen"] != float32["logps/chosen"]
+    assert bf16["logps/chosen"] == pytest.approx(float32["logps/chosen"], rel=0.01)
+
+
+# ---- The strategy that was asked for ----
+
+
+@every_strategy
+def test_the_run_is_divided_as_it_was_asked_to_be(strategy, launched):
+    held = [facts["packed"]["held_in_training"] for facts in launched(strategy).facts]
+    assert len(held) == 2
+    for facts in launched(strategy).facts:
+        assert (facts["packed"]["strategy"], facts["packed"]["processes"]) == (strategy, 2)
+        assert facts["packed"]["wrapped"] == WRAPPERS[strategy]
+    if strategy in ("ddp", "zero2"):
+        assert held == [PARAMETERS, PARAMETERS]
+    else:
+        assert max(held) < 0.6 * PARAMETERS
+
+
+@pytest.mark.parametrize("strategy", ["zero3", "fsdp1", "fsdp2"])
+@pytest.mark.parametrize("name", ["packed", "lora"])
+def test_only_the_first_process_reads_a_model_that_is_going_to_be_sharded(name, strategy, launched):
+    first, second = (facts[name] for facts in launched(strategy).facts)
+    assert second["read"] == 0
+    assert (first["held"] < 0.6 * PARAMETERS) if strategy == "zero3" else first["read"] > 0
+
+
+# ---- The end ----
+
+
+@pytest.fixture(scope="session")
+def held_out(recipe) -> list[dict[str, Any]]:
+    """The held-out rows, tokenized."""
+    splits, _ = get_datasets(
+        DataArguments(dataset_mixer={str(recipe.parent / "pairs"): 1.0}),
+        columns=PAIRS.columns, preprocessing="exact", bad_rows="refuse", seed=42, do_eval=True,
+    )  # fmt: skip
+    tokenizer = builders.bpe_tokenizer()
+    texts = to_pair_texts(splits["test"], tokenizer, preprocessing="exact", add_system=False, num_proc=None)
+    return list(to_tokens(texts, tokenizer, LengthRules(160, 80, "keep_end", "exact"), num_proc=None))
+
+
+def assert_scores_as_reported(folder: Path, rows: list[dict[str, Any]]) -> None:
+    is_adapter = (folder / "adapter_config.json").exists()
+    model = (AutoPeftModelForCausalLM if is_adapter else AutoModelForCausalLM).from_pretrained(folder)
+    with torch.no_grad():
+        chosen, rejected = reference.mean_logps(model, rows)
+    pairs = scored_pairs(folder)
+    assert [pair["chosen_reward"] for pair in pairs] == pytest.approx((BETA * chosen).tolist(), rel=1e-5)
+    assert [pair["rejected_reward"] for pair in pairs] == pytest.approx((BETA * rejected).tolist(), rel=1e-5)
+
+
+@every_strategy
+@pytest.mark.parametrize("name", ["packed", "padded", "lora"])
+def test_the_run_ends_with_a_model_that_scores_the_held_out_pairs_as_reported(name, strategy, launched, held_out):
+    assert_scores_as_reported(launched(strategy).folder / name, held_out)
+
+
+@pytest.mark.parametrize("strategy", LEFT_IN_SHARDS)
+def test_the_end_is_whole_where_the_launcher_leaves_checkpoints_in_shards(strategy, launched, held_out):
+    assert_scores_as_reported(launched(strategy).folder / "sharded", held_out)
+
+
+@pytest.mark.parametrize("strategy", LEFT_IN_SHARDS)
+def test_a_model_that_cannot_be_saved_whole_leaves_shards_and_the_command_for_later(strategy, launched, tmp_path):
+    folder = launched(strategy).folder / "disk full"
+    messages = [facts["disk full"]["stopped"] for facts in launched(strategy).facts]
+    assert "No space left on device" in messages[0]
+    command = messages[0].rsplit("together: ", 1)[1]
+    assert messages[1].endswith(command)
+    assert not list(folder.glob("*.safetensors"))
+    subprocess.run(shlex.split(command), env=environment(tmp_path), capture_output=True, check=True, timeout=120)
+    whole = load_file(launched(strategy).folder / "sharded/model.safetensors")
+    later = load_file(folder / "model.safetensors")
+    assert all(torch.equal(later[name], whole[name]) for name in whole)
+    assert_close(AutoModelForCausalLM.from_pretrained(folder).state_dict(), whole, rtol=0, atol=0)
+
+
+# ---- Going on ----
+
+
+@every_strategy
+@pytest.mark.parametrize("name", ["", " lora"], ids=["full", "lora"])
+def test_a_resumed_run_ends_bit_for_bit_as_an_unbroken_one(name, strategy, launched):
+    whole, resumed = (launched(strategy).folder / f"{part}{name}" for part in ("whole", "resumed"))
+    for facts in launched(strategy).facts:
+        assert facts[f"whole{name}"]["moments_resumed"] == 0
+        assert facts[f"resumed{name}"]["moments_resumed"] > 0
+    for file in ("model.safetensors", "adapter_model.safetensors"):
+        assert (whole / file).exists() == (resumed / file).exists()
+    (weights,) = (path.name for path in whole.glob("*model.safetensors"))
+    ours, theirs = load_file(whole / weights), load_file(resumed / weights)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert [comparable(record) for record in records(resumed, "loss")] == [comparable(r) for r in records(whole, "loss")]

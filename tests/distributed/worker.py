@@ -1,0 +1,181 @@
+"""What a launcher starts for the tests: several runs, one after the other, in the same processes.
+
+A job is a command line and, where it needs them, variables of the environment and a sabotage. Each process writes what it saw
+of each run to facts-RANK.json beside the jobs.
+"""
+
+import json
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from accelerate.utils import DeepSpeedPlugin
+from safetensors.torch import load_file
+
+import alignment.adapters
+import scripts.simpo_trainer
+from alignment.errors import TrainingStopped
+from alignment.pipeline import PAIRS, Method, run
+from alignment.strategy import ShardingCheck, local_size, strategy_of
+from scripts.simpo_config import SimPOConfig
+from scripts.simpo_trainer import SimPOTrainer
+from tests.distributed import cpu_fsdp
+
+SIMPO = Method(config=SimPOConfig, trainer=SimPOTrainer, data=PAIRS)
+
+
+def shard_small_parameters() -> None:
+    """ZeRO-3 would never part with tensors as small as a test model's."""
+    build = DeepSpeedPlugin.__post_init__
+
+    def plugin(self) -> None:
+        build(self)
+        self.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+
+    DeepSpeedPlugin.__post_init__ = plugin
+
+
+def observed(facts: dict[str, Any], owner: Any, name: str, see: Callable[..., dict[str, Any]]) -> Any:
+    """owner.name, noting what `see` makes of its result and arguments."""
+    original = getattr(owner, name)
+
+    def observer(*arguments: Any, **options: Any) -> Any:
+        result = original(*arguments, **options)
+        facts.update(see(result, *arguments))
+        return result
+
+    return mock.patch.object(owner, name, observer)
+
+
+def loaded(model: torch.nn.Module, path: str) -> dict[str, Any]:
+    """How many of the checkpoint's matrices this process has read, and how many numbers it holds."""
+    weights = {name: tensor for name, tensor in load_file(Path(path) / "model.safetensors").items() if tensor.ndim == 2}
+    parameters = dict(model.named_parameters())
+    read = [name for name, tensor in weights.items() if torch.equal(parameters[name], tensor)]
+    return {"read": len(read), "held": sum(local_size(p) for p in model.parameters())}
+
+
+def scored(scores: Any, *_: Any) -> dict[str, Any]:
+    return {"logps": str(scores.chosen_mean_logp.dtype)}
+
+
+def prepared(_: None, check: ShardingCheck, *__: Any) -> dict[str, Any]:
+    model = check.trainer.model
+    return {
+        "held_in_training": sum(local_size(parameter) for parameter in model.parameters()),
+        "moments_resumed": len(innermost(check.trainer.optimizer).state),
+    }
+
+
+def innermost(optimizer: Any) -> torch.optim.Optimizer:
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def frequencies(model: torch.nn.Module) -> list[str]:
+    """Types of the rotary frequencies, once FSDP has set the types of its buffers."""
+    return sorted({str(buffer.dtype) for name, buffer in model.named_buffers() if name.endswith("inv_freq")})
+
+
+def rewind(source: str, target: str, step: int) -> None:
+    """Make of a finished run's folder what a run that was killed behind its checkpoint of `step` leaves."""
+    if os.environ["RANK"] == "0":
+        shutil.copytree(source, target)
+        for path in Path(target).iterdir():
+            if path.name in ("model.safetensors", "adapter_model.safetensors", "status.json"):
+                path.unlink()
+            if path.name.startswith("checkpoint-") and int(path.name.split("-")[1]) > step:
+                shutil.rmtree(path)
+    torch.distributed.barrier()
+
+
+def master_dtypes(trainer: SimPOTrainer) -> list[str]:
+    """Of the numbers that the optimizer's steps are added to."""
+    optimizer = trainer.optimizer.optimizer
+    for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups"):  # DeepSpeed, stages 3 and 2
+        if hasattr(optimizer, name):
+            return sorted({str(tensor.dtype) for tensor in getattr(optimizer, name)})
+    return sorted({str(parameter.dtype) for group in optimizer.param_groups for parameter in group["params"]})
+
+
+def carry_out(job: dict[str, Any]) -> dict[str, Any]:
+    facts: dict[str, Any] = {}
+    if "rewind" in job:
+        rewind(**job["rewind"])
+    sabotage = SABOTAGES[job.get("sabotage")]
+    with (
+        mock.patch.dict(os.environ, job.get("environment", {})),
+        observed(facts, scripts.simpo_trainer, "load_policy", loaded),
+        observed(facts, alignment.adapters, "load_policy", loaded),
+        observed(facts, SimPOTrainer, "concatenated_forward", lambda scores, *_: scored(scores)),
+        observed(facts, ShardingCheck, "on_train_begin", prepared),
+        sabotage(),
+    ):
+        try:
+            trainer = run(SIMPO, job["argv"])
+        except TrainingStopped as error:
+            return {**facts, "stopped": str(error)}
+    return {
+        **facts,
+        "strategy": strategy_of(trainer.accelerator),
+        "processes": trainer.args.world_size,
+        "wrapped": type(trainer.model_wrapped).__name__,
+        "frequencies": frequencies(trainer.model),
+        "master": master_dtypes(trainer),
+    }
+
+
+# ---- Sabotages ----
+
+
+def disk_full_at_the_end() -> Any:
+    """Only the first process writes, and it cannot."""
+
+    def save(trainer: SimPOTrainer, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if trainer.args.should_save:
+            raise OSError(28, "No space left on device")
+
+    return mock.patch.object(SimPOTrainer, "_save", save)
+
+
+def stopped_in_training() -> Any:
+    """The second process stands still in its second step."""
+    step = SimPOTrainer.training_step
+
+    def training_step(trainer: SimPOTrainer, *arguments: Any, **options: Any) -> torch.Tensor:
+        if trainer.state.global_step == 1 and trainer.args.process_index == 1:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return step(trainer, *arguments, **options)
+
+    return mock.patch.object(SimPOTrainer, "training_step", training_step)
+
+
+SABOTAGES = {
+    None: lambda: mock.patch.dict(os.environ),
+    "disk full at the end": disk_full_at_the_end,
+    "stopped in training": stopped_in_training,
+}
+
+
+def main(jobs: Path) -> None:
+    if "ACCELERATE_USE_FSDP" in os.environ:
+        cpu_fsdp.allow()
+    shard_small_parameters()
+    facts = {name: carry_out(job) for name, job in json.loads(jobs.read_text()).items()}
+    (jobs.parent / f"facts-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(facts))
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # gloo's threads now and then abort a process that is taken down with them
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
