@@ -2,7 +2,8 @@
 
 import os
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 from .errors import ConfigError, Problem, UserError
 from .strategy import STRATEGIES, start_process_group
@@ -233,6 +234,10 @@ class RunArguments:
         default="continue",
         metadata={"help": "What a checkpoint that cannot be written, on a full disk say, means for the run."},
     )
+    hub_minutes: float = field(
+        default=120.0,
+        metadata={"help": "How long the push at the end may take; past it, the run ends with the command for it."},
+    )
 
     skip_nonfinite: int = field(
         default=0,
@@ -289,6 +294,7 @@ class RunArguments:
             "gradient_accumulation_steps",
             "num_processes",
             "save_minutes",
+            "hub_minutes",
         )
         if self.skip_nonfinite < 0:
             problems.append(Problem("skip_nonfinite", self.skip_nonfinite, "must not be negative"))
@@ -335,3 +341,25 @@ class RunArguments:
     def rows_per_forward(self) -> int:
         # The launcher's variable, because TrainingArguments.world_size starts the process group.
         return self.per_device_train_batch_size * int(os.environ.get("WORLD_SIZE", "1"))
+
+
+class Run(NamedTuple):
+    """What a recipe and a command line say, parsed and checked."""
+
+    model_args: ModelArguments
+    data_args: DataArguments
+    training_args: RunArguments
+    recipe: str  # YAML of every field, without secrets
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.training_args.output_dir)
+
+    @property
+    def rows_per_step(self) -> int:
+        args = self.training_args
+        return args.rows_per_forward * args.gradient_accumulation_steps
+
+    @property
+    def workers(self) -> int | None:
+        return self.training_args.dataset_num_proc or self.data_args.preprocessing_num_workers

@@ -1,6 +1,7 @@
 """Tune a language model on conversations, the stage before SimPO: `accelerate launch ... scripts/run_sft.py RECIPE.yaml`."""
 
-from alignment.pipeline import CONVERSATIONS, Method, main
+from alignment.pipeline import Method, main
+from alignment.splits import CONVERSATIONS
 from scripts.sft_config import SFTConfig
 from scripts.sft_trainer import SFTTrainer
 

@@ -4,6 +4,7 @@ A job is a command line, a number of processes, and perhaps a sabotage: a functi
 process before the run, with the process's rank and the job's arguments, and that breaks something later.
 """
 
+import gc
 import json
 import os
 import resource
@@ -238,7 +239,8 @@ def places() -> dict[str, tuple[Any, str]]:
 
 
 def simpo_main(argv: list[str]) -> None:
-    from alignment.pipeline import PAIRS, Method, main
+    from alignment.pipeline import Method, main
+    from alignment.splits import PAIRS
     from scripts.simpo_config import SimPOConfig
     from scripts.simpo_trainer import SimPOTrainer
 
@@ -246,7 +248,9 @@ def simpo_main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    import alignment.review.plots  # noqa: F401 - drawn with at the end of every run
+    # Imported on the way of a run.
+    import deepspeed  # noqa: F401
 
     places()
+    gc.freeze()  # the children need not look through it
     serve()

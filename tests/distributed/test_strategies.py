@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from alignment.configs import DataArguments
 from alignment.data import get_datasets
-from alignment.pipeline import PAIRS
 from alignment.prepare import to_pair_texts, to_tokens
+from alignment.splits import PAIRS
 from alignment.tokenization import LengthRules
 from tests import builders, reference
 from tests.distributed.conftest import BETA, HELD_OUT, Launched, environment, launch, launcher_config, records, scored_pairs

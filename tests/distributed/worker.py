@@ -21,7 +21,8 @@ from safetensors.torch import load_file
 import alignment.adapters
 import scripts.simpo_trainer
 from alignment.errors import TrainingStopped
-from alignment.pipeline import PAIRS, Method, run
+from alignment.pipeline import Method, run
+from alignment.splits import PAIRS
 from alignment.strategy import ShardingCheck, local_size, strategy_of
 from scripts.simpo_config import SimPOConfig
 from scripts.simpo_trainer import SimPOTrainer

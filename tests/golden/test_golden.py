@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from alignment.pipeline import PAIRS, Method, run
+from alignment.pipeline import Method, run
+from alignment.splits import PAIRS
 from alignment.tokenization import SIDES
 from scripts.simpo_config import SimPOConfig
 from scripts.simpo_trainer import SimPOTrainer

@@ -18,8 +18,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from alignment.adapters import keep_4bit_layout
 from alignment.configs import DataArguments
 from alignment.data import get_datasets
-from alignment.pipeline import CONVERSATIONS, PAIRS, Method, main, run
+from alignment.pipeline import Method, main, run
 from alignment.prepare import to_pair_texts, to_tokens
+from alignment.splits import CONVERSATIONS, PAIRS
 from alignment.tokenization import LengthRules
 from scripts.sft_config import SFTConfig
 from scripts.sft_trainer import SFTTrainer

@@ -15,7 +15,8 @@ import yaml
 from datasets import config as datasets_config
 
 from alignment import chat, pipeline, prepare, tokenization
-from alignment.pipeline import CONVERSATIONS, PAIRS, Method, main, run
+from alignment.pipeline import Method, main, run
+from alignment.splits import CONVERSATIONS, PAIRS
 from scripts.sft_config import SFTConfig
 from scripts.sft_trainer import SFTTrainer
 from scripts.simpo_config import SimPOConfig

@@ -35,9 +35,12 @@ ORDER = [
     "checkpoints",
     "run_folder",
     "signals",
+    "hub",
     "durable",
     "review",
     "failures",
+    "splits",
+    "records",
     "pipeline",
 ]
 CODE_FOLDERS = ("alignment", "scripts", "on_policy_data_gen", "eval", "benchmarks")

@@ -422,7 +422,8 @@ def test_what_is_on_already_is_not_advised(setup, expected):
 POISONED = """
 import math, sys, time
 import torch
-from alignment.pipeline import PAIRS, Method, main
+from alignment.pipeline import Method, main
+from alignment.splits import PAIRS
 from scripts.simpo_config import SimPOConfig
 from scripts.simpo_trainer import SimPOTrainer
 

@@ -8,10 +8,11 @@ import pytest
 import yaml
 from datasets import Dataset, concatenate_datasets, load_dataset
 
-from alignment.configs import DataArguments, ModelArguments
+from alignment.configs import DataArguments, ModelArguments, Run
 from alignment.errors import UserError
-from alignment.pipeline import Run, fingerprint, is_finished
+from alignment.pipeline import is_finished
 from alignment.run_folder import write_status
+from alignment.splits import fingerprint
 from scripts.simpo_config import SimPOConfig
 from tests.builders import token_rows
 

@@ -16,7 +16,8 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from alignment import strategy
 from alignment.errors import UserError
 from alignment.models import unwritten_policy
-from alignment.pipeline import PAIRS, Method, main
+from alignment.pipeline import Method, main
+from alignment.splits import PAIRS
 from alignment.strategy import check_launch, foreseen, launcher_processes, launcher_strategy, missing_weights
 from scripts.simpo_config import SimPOConfig
 from scripts.simpo_trainer import SimPOTrainer
