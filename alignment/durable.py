@@ -5,6 +5,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import get_model_param_count
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, TrainOutput
 
 from .checkpoints import AFRESH, RECIPE_FILE, STAGING, Identity, newest_whole, numbered, prune, publish, seal, size
 from .errors import TrainingStopped
+from .hub import push_checkpoint
 from .run_folder import write_status
 from .signals import RunInterrupted, StopSignals
 
@@ -42,12 +44,15 @@ class DurableTrainer(Trainer):
     identity: Identity | None = None
     evaluation_due = False
     is_stopping = False
+    is_built = False
+    push: Future | None = None  # of a checkpoint, in the background
     saved_at = 0.0  # monotonic clock
     saved_step = -1
 
     def __init__(self, *args: Any, **kwargs: Any):
         self.stop = StopSignals()
         super().__init__(*args, **kwargs)
+        self.is_built = True
         self.add_callback(StepEnds(self))
 
     # ---- Training ----
@@ -137,8 +142,10 @@ class DurableTrainer(Trainer):
             prune(Path(self.args.output_dir), self.args.save_total_limit, run_id, self.state.best_model_checkpoint)
             if self.identity:
                 write_status(Path(self.args.output_dir), "training", step=self.saved_step, max_steps=self.state.max_steps)
-        if self.args.push_to_hub:
-            super()._push_from_checkpoint(str(target))
+        if first and self.args.push_to_hub and self.args.hub_strategy != HubStrategy.END:
+            is_free = self.push is None or self.push.done()
+            if is_free or self.args.hub_always_push:
+                self.push = push_checkpoint(self.args, target, self.push)
 
     def attempt(self, part: Callable[[], None]) -> str | None:
         """Do a part of saving; what was wrong, if the other processes can be told.
@@ -210,6 +217,16 @@ class DurableTrainer(Trainer):
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Nothing: the Trainer calls this before the checkpoint is whole; `_save_checkpoint` pushes it afterwards."""
+
+    def _finish_current_push(self) -> None:
+        """Before `push_to_hub`, which a push of a checkpoint must not overtake; the end of training waits for none."""
+        if self.push is not None and not self.is_in_train:
+            wait([self.push], timeout=60 * self.args.hub_minutes)
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Nothing while the trainer is built: a Hub that is down keeps no run from training. Each push asks for it."""
+        if self.is_built:
+            super().init_hf_repo(token, private)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         super()._save(output_dir, state_dict)

@@ -1,17 +1,19 @@
 """Pushing to the Hub, which may be down, slow or closed to this token: it never costs a run anything that was trained."""
 
 import logging
+import os
 import shlex
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import huggingface_hub
 import transformers.trainer
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from transformers import TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
@@ -23,15 +25,13 @@ logger = logging.getLogger(__name__)
 
 ANSWER_S = 30.0  # how long a start waits for the Hub
 PAUSES_S = (2.0, 8.0, 32.0, 128.0)  # between the attempts of the last push
+GRACE_S = 20.0  # for the end of a process that leaves a request behind
+THREAD = "push"
 LEFT_OUT = ("_*", f"{PREFIX_CHECKPOINT_DIR}-*", "training_args.bin")  # of a run's folder; "*" also stands for slashes
 # What makes a model out of a checkpoint's files.
 MODEL_FILES = (
     "*.safetensors", "*.safetensors.index.json", "*config.json", "*token*", "*.jinja", "*.model", "vocab.*", "merges.txt",
 )  # fmt: skip
-
-
-class NotPushed(TrainingStopped):
-    """The run is finished and saved; only its push failed, and the same command does that alone."""
 
 
 def check_hub(args: TrainingArguments) -> None:
@@ -43,19 +43,20 @@ def check_hub(args: TrainingArguments) -> None:
     def ask() -> None:
         huggingface_hub.auth_check(create_repository(args), write=True, token=args.hub_token)
 
-    try:
-        in_background(ask).result(timeout=ANSWER_S)
-    except HFValidationError as error:
-        raise UserError(f"hub_model_id = {repository_name(args)!r}: {error}") from error
-    except Exception as error:  # whatever it is, it must not keep a run from training
-        if status_code(error) in (401, 403):
-            raise UserError(
-                f"push_to_hub = True: the Hub does not let this token write to {repository_name(args)!r} "
-                f"({reason(error, args)}). Give one that may (`hf auth login`, HF_TOKEN or --hub_token), another "
-                "--hub_model_id, or --push_to_hub=false"
-            ) from None
+    asked = in_background(ask)
+    wait([asked], timeout=ANSWER_S)
+    error = asked.exception() if asked.done() else TimeoutError(f"no answer in {ANSWER_S:g} seconds")
+    if isinstance(error, HFValidationError):
+        raise UserError(f"hub_model_id = {repository_name(args)!r}: {error}")
+    if status_code(error) in (401, 403):
+        raise UserError(
+            f"push_to_hub = True: the Hub does not let this token write to {repository_name(args)!r} "
+            f"({reason(error, args)}). Give one that may (`hf auth login`, HF_TOKEN or --hub_token), another --hub_model_id, "
+            "or --push_to_hub=false"
+        )
+    if error is not None:
         logger.warning(
-            "The Hub could not be asked for %s: %s. Training goes on; the push at the end asks again.",
+            "The Hub could not be asked for %s: %s. Training goes on, and the push at the end asks again.",
             repository_name(args),
             reason(error, args),
         )
@@ -67,50 +68,51 @@ def push_checkpoint(args: TrainingArguments, checkpoint: Path, before: Future | 
     def send() -> None:
         if before is not None:
             wait([before])
-        try:
-            upload(args, checkpoint, f"Training in progress, {checkpoint.name}", allow_patterns=list(MODEL_FILES))
-            upload_state(args, checkpoint)
-        except Exception as error:  # on a thread of its own; the push at the end meets it again
+        upload(args, checkpoint, f"Training in progress, {checkpoint.name}", allow_patterns=list(MODEL_FILES))
+        upload_state(args, checkpoint)
+
+    def tell(push: Future) -> None:
+        if error := push.exception():
             logger.warning(
-                "%s was not pushed to the Hub: %s. Training goes on; the push at the end sends what is missing.",
+                "%s was not pushed to the Hub: %s. Training goes on, and the push at the end sends what is missing.",
                 checkpoint.name,
                 reason(error, args),
             )
 
-    return in_background(send)
+    push = in_background(send)
+    push.add_done_callback(tell)
+    return push
 
 
 def push_run(args: TrainingArguments, stop: StopSignals, before: Future | None = None) -> None:
     """Send a finished run's folder, again after a pause where that may help, for hub_minutes in all.
 
     before: a push that is still on its way, and that must not overwrite this one later.
-    Raises NotPushed if it stays without success, RunInterrupted if a signal comes first.
+    Raises TrainingStopped if it stays without success, RunInterrupted if a signal comes first.
     """
     deadline = time.monotonic() + 60 * args.hub_minutes
-    attempt = before
-    for pause in (0.0, *PAUSES_S):
-        if before is not None and not awaited(before, deadline, stop):
-            break
-        wait_until(lambda start=time.monotonic() + pause: time.monotonic() >= start, deadline, stop)
-        if stop.received or time.monotonic() >= deadline:
+    why = too_long = f"it took longer than hub_minutes = {args.hub_minutes:g}"
+    is_free = before is None or awaited(before, deadline, stop)
+    for pause in (0.0, *PAUSES_S) if is_free else ():
+        if not paused(pause, deadline, stop):
             break
         attempt = in_background(lambda: upload_run(args))
         if not awaited(attempt, deadline, stop):
+            why = too_long
             break
         error = attempt.exception()
         if error is None:
             logger.info("Pushed to the Hub: %s.", repository_name(args))
             return
-        logger.warning("Not pushed to the Hub: %s.", reason(error, args))
+        why = reason(error, args)
+        logger.warning("Not pushed to the Hub: %s.", why)
         if not may_pass(error):
             break
     saved = f"this run is finished, and all of it is saved in {args.output_dir}"
-    again = f"The same command does that alone; or\n{hf_upload(args)}"
+    again = f"The same command does only that; or\n{hf_upload(args)}"
     if stop.received:
         raise RunInterrupted(f"stopped by {stop.received.name}: {saved}, but not pushed to the Hub. {again}")
-    error = attempt.exception() if attempt is not None and attempt.done() else None
-    why = reason(error, args) if error else f"it took longer than hub_minutes = {args.hub_minutes:g}"
-    raise NotPushed(f"{saved}, but it could not be pushed to the Hub: {why}. {again}")
+    raise TrainingStopped(f"{saved}, but it could not be pushed to the Hub: {why}. {again}")
 
 
 def hf_upload(args: TrainingArguments) -> str:
@@ -165,14 +167,16 @@ def upload_run(args: TrainingArguments) -> None:
         upload_state(args, checkpoint)
 
 
-def status_code(error: BaseException) -> int | None:
-    return error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else None
+def status_code(error: BaseException | None) -> int | None:
+    return error.response.status_code if isinstance(error, HfHubHTTPError) else None
 
 
 def may_pass(error: BaseException) -> bool:
-    """Not what the Hub refuses, save for too many requests, and for a commit that came in between."""
+    """Whether the next attempt may do better: not after what was refused, save for its moment."""
     code = status_code(error)
-    return code is None or code >= 500 or code in (408, 409, 412, 429)
+    if code is None:
+        return not isinstance(error, ValueError | OfflineModeIsEnabled)
+    return code >= 500 or code in (408, 409, 412, 429)  # the last but one: somebody else's commit came in between
 
 
 def reason(error: BaseException, args: TrainingArguments) -> str:
@@ -187,25 +191,33 @@ def reason(error: BaseException, args: TrainingArguments) -> str:
 
 
 def in_background(work: Callable[[], None]) -> Future:
-    """Do it on a thread that does not keep the process from ending, as an executor's would."""
+    """Do it on a thread of its own. A pool's, because it does not keep the process from ending as an executor's would."""
     outcome = Future()
-
-    def carry_out() -> None:
-        try:
-            outcome.set_result(work())
-        except Exception as error:
-            outcome.set_exception(error)
-
-    Thread(target=carry_out, daemon=True).start()
+    pool = ThreadPool(1, initializer=lambda: setattr(threading.current_thread(), "name", THREAD))
+    pool.apply_async(work, callback=outcome.set_result, error_callback=outcome.set_exception)
+    pool.close()
     return outcome
 
 
 def awaited(work: Future, deadline: float, stop: StopSignals) -> bool:
     """Whether it was done before the deadline, and before a signal."""
-    wait_until(work.done, deadline, stop)
+    while not work.done() and not stop.received and time.monotonic() < deadline:
+        wait([work], timeout=0.1)
     return work.done()
 
 
-def wait_until(condition: Callable[[], bool], deadline: float, stop: StopSignals) -> None:
-    while not condition() and not stop.received and time.monotonic() < deadline:
-        time.sleep(0.05)
+def paused(seconds: float, deadline: float, stop: StopSignals) -> bool:
+    """Whether that left time before the deadline, and no signal came."""
+    end = time.monotonic() + seconds
+    while not stop.received and time.monotonic() < end < deadline:
+        time.sleep(0.1)
+    return not stop.received and end < deadline
+
+
+def bounded(status: int) -> int:
+    """The status, to exit with. Done the hard way where a request without an answer keeps the interpreter from ending."""
+    if any(thread.name == THREAD for thread in threading.enumerate()):
+        last_resort = threading.Timer(GRACE_S, os._exit, [status])
+        last_resort.daemon = True
+        last_resort.start()
+    return status

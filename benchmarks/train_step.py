@@ -189,16 +189,22 @@ def load_rows(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> l
 
 
 def lengths(count: int, args: argparse.Namespace) -> list[tuple[int, int, int]]:
-    """Of prompt, chosen and rejected: log-normal, as wide as instruction data is, around the medians asked for."""
+    """Of prompt, chosen and rejected: log-normal around the means asked for, then truncated as the published code does.
+
+    A logarithm's standard deviation is `spread` x 0.7 for prompts and x 1.0 for responses.
+    """
     rng = random.Random(0)
 
-    def draw(median: int, sigma: float, longest: int) -> int:
-        return min(max(round(rng.lognormvariate(math.log(median), args.spread * sigma)), 1), longest)
+    def draw(mean: int, sigma: float) -> int:
+        return max(round(rng.lognormvariate(math.log(mean) - sigma**2 / 2, sigma)), 1)
 
     def pair() -> tuple[int, int, int]:
-        prompt = draw(args.prompt_tokens, 0.7, args.max_prompt_length)
-        chosen, rejected = (draw(args.response_tokens, 1.0, args.max_length - prompt) for _ in range(2))
-        return prompt, chosen, rejected
+        prompt = draw(args.prompt_tokens, 0.7 * args.spread)
+        chosen, rejected = (draw(args.response_tokens, args.spread) for _ in range(2))
+        if prompt + max(chosen, rejected) <= args.max_length:
+            return prompt, chosen, rejected
+        room = args.max_length - args.max_prompt_length
+        return min(prompt, args.max_prompt_length), min(chosen, room), min(rejected, room)
 
     return [pair() for _ in range(count)]
 
@@ -326,7 +332,11 @@ def report(
         f"attention {args.attn}, gradient checkpointing {'on' if args.gradient_checkpointing else 'off'}; "
         f"{args.repeats} repeats of {args.micro_batches} x {args.pairs_per_micro_batch} pairs"
     )
-    print(f"tokens padded : distinct = {padded:,} : {distinct:,} = {padded / distinct:.2f}; equal losses")
+    prompt, response = mean_lengths(micro_batches)
+    print(
+        f"tokens padded : distinct = {padded:,} : {distinct:,} = {padded / distinct:.2f}; on average {prompt:.0f} of a prompt "
+        f"and {response:.0f} of a response; equal losses"
+    )
     print(f"{'':10}{unit + ' per pair':>24}{'distinct tokens/s':>20}{'peak memory':>14}{'published / it':>22}{'trl / it':>22}")
     for name, own in seconds.items():
         low, middle, high = (value / pairs for value in (min(own), statistics.median(own), max(own)))
@@ -338,6 +348,13 @@ def report(
     if "packed" in seconds:
         report_packed(model, micro_batches, statistics.median(seconds["packed"]), distinct, scored)
     print(f"{machine()}, {torch.get_num_threads()} threads, {versions()}")
+
+
+def mean_lengths(micro_batches: list[list[Row]]) -> tuple[float, float]:
+    """Mean tokens of a prompt and of a response."""
+    rows = [row for rows in micro_batches for row in rows]
+    prompt = statistics.mean(row["chosen_prompt_length"] for row in rows)
+    return prompt, statistics.mean(row[f"{side}_length"] for row in rows for side in ("chosen", "rejected"))
 
 
 def report_packed(model: PreTrainedModel, micro_batches: list[list[Row]], seconds: float, distinct: int, scored: int) -> None:
@@ -375,9 +392,9 @@ def parse_arguments() -> argparse.Namespace:
     pairs = parser.add_argument_group("pairs")
     pairs.add_argument("--data", help="JSONL of chosen and rejected message lists; default: random tokens")
     pairs.add_argument("--tokenizer", help="folder or Hub name; default: the tokenizer of tests/builders.py")
-    pairs.add_argument("--prompt-tokens", type=int, default=32, help="median prompt of random pairs")
-    pairs.add_argument("--response-tokens", type=int, default=300, help="median response of random pairs")
-    pairs.add_argument("--spread", type=float, default=1.0, help="how widely random lengths vary; 0: all are the medians")
+    pairs.add_argument("--prompt-tokens", type=int, default=32, help="mean prompt of random pairs, before truncation")
+    pairs.add_argument("--response-tokens", type=int, default=300, help="mean response of random pairs, before truncation")
+    pairs.add_argument("--spread", type=float, default=1.0, help="how widely random lengths vary; 0: all are the means")
     pairs.add_argument("--max-length", type=int, default=1024)
     pairs.add_argument("--max-prompt-length", type=int, default=512)
     run = parser.add_argument_group("run")

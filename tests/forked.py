@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 ROOT = Path(__file__).parents[1]
 TIME_LIMIT_S = 120
@@ -35,7 +35,7 @@ class Ended(NamedTuple):
 class Server:
     """Runs jobs one after the other, each in fresh processes."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, **variables: str):
         self.folder = folder
         environment = {
             **os.environ,
@@ -44,6 +44,7 @@ class Server:
             "TOKENIZERS_PARALLELISM": "false",
             "HF_HOME": str(folder / "home"),
             "HF_DATASETS_CACHE": str(folder / "cache"),
+            **variables,
         }
         with (folder / "server.log").open("w") as log:
             self.process = subprocess.Popen(
@@ -71,8 +72,7 @@ class Server:
 # ---- The server ----
 
 
-def serve() -> None:
-    answers = os.fdopen(os.dup(1), "w")
+def serve(answers: TextIO) -> None:
     for line in sys.stdin:
         job = json.loads(line)
         started = time.perf_counter()
@@ -248,9 +248,11 @@ def simpo_main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # where libraries may print what they like
     # Imported on the way of a run.
     import deepspeed  # noqa: F401
 
     places()
     gc.freeze()  # the children need not look through it
-    serve()
+    serve(answers)
