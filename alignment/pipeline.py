@@ -312,4 +312,4 @@ def push(run_: Run, stop: StopSignals, before: Future | None = None) -> None:
         except TrainingStopped as error:
             write_status(run_.output_dir, "finished", **facts | {"pushed": False, "reason": str(error)})
             raise
-    write_status(run_.output_dir, "finished", **facts | {"pushed": True})
+        write_status(run_.output_dir, "finished", **facts | {"pushed": True})

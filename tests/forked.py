@@ -89,7 +89,7 @@ def free_port() -> int:
 
 
 def outlive(children: list[int]) -> list[int]:
-    """Exit statuses; once one has failed the others get 20 seconds, after all TIME_LIMIT_S they are killed."""
+    """Exit statuses; once one has failed the others get 15 seconds, after all TIME_LIMIT_S they are killed."""
     statuses: dict[int, int] = {}
     deadline = time.monotonic() + TIME_LIMIT_S
     while len(statuses) < len(children):
@@ -98,7 +98,7 @@ def outlive(children: list[int]) -> list[int]:
             if done:
                 statuses[child] = os.waitstatus_to_exitcode(status)
                 if statuses[child]:
-                    deadline = min(deadline, time.monotonic() + 20)
+                    deadline = min(deadline, time.monotonic() + 15)
             elif time.monotonic() > deadline:
                 os.kill(child, signal.SIGKILL)
         time.sleep(0.01)
@@ -235,6 +235,7 @@ def places() -> dict[str, tuple[Any, str]]:
         "optimizer": (SimPOTrainer, "_save_optimizer_and_scheduler"),
         "writing": (SimPOTrainer, "_save_rng_state"),
         "the end": (alignment.pipeline, "save"),
+        "pushing": (alignment.pipeline, "push_run"),
     }
 
 

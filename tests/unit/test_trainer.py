@@ -507,7 +507,6 @@ class FakeHub:
         return type("Future", (), {"is_done": lambda self: True, "result": lambda self: None, "done": lambda self: True})()
 
 
-# With every_save transformers pushes a pickle of its arguments, which holds no secret.
 @pytest.fixture(params=["end", "every_save"])
 def hub(request, build, monkeypatch) -> FakeHub:
     """After a run that pushed to it, by the strategy."""
