@@ -528,8 +528,7 @@ def test_every_push_shows_the_token_of_the_recipe(hub):
     assert hub.tokens == {SECRET}
 
 
-@pytest.mark.parametrize("hub", ["end"], indirect=True)
-def test_no_pickle_is_pushed_at_the_end(hub):
+def test_no_pickle_is_pushed(hub):
     assert hub.pickles == set()
 
 
