@@ -27,7 +27,7 @@ quickstart: $(STAMP)
 	@$(RUN) scripts/quickstart.py
 
 test: $(STAMP)
-	@$(RUN) -m pytest
+	@$(RUN) -m pytest -n 2 --dist loadfile
 
 style: $(STAMP)
 	@$(RUN) -m ruff check

@@ -267,7 +267,7 @@ class RunArguments:
             self.tf32 = self.deepspeed = None
         if self.total_train_batch_size is not None:
             self.gradient_accumulation_steps = self.total_train_batch_size // self.rows_per_forward
-        start_process_group(self.ddp_timeout, use_cpu=self.use_cpu)
+        start_process_group(self.ddp_timeout, os.environ, use_cpu=self.use_cpu)
         super().__post_init__()
 
     def __getstate__(self) -> dict[str, Any]:

@@ -213,7 +213,7 @@ def load_policy(path: str, **init_kwargs: Any) -> PreTrainedModel:
 def can_stay_unwritten(init_kwargs: dict[str, Any]) -> bool:
     """Whether this process is sent its weights by the first one, and knows their type without reading them."""
     dtype, is_quantized = init_kwargs.get("dtype", "auto"), "quantization_config" in init_kwargs
-    return receives_weights() and dtype != "auto" and not is_quantized
+    return receives_weights(os.environ) and dtype != "auto" and not is_quantized
 
 
 def unwritten_policy(path: str, *, dtype: str, attn_implementation: str | None = None, **options: Any) -> PreTrainedModel:

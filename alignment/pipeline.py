@@ -1,6 +1,7 @@
 """One run, whatever the method: parse, check, load, train, save, evaluate, record."""
 
 import logging
+import os
 import sys
 import uuid
 from collections.abc import Callable, Sequence
@@ -213,7 +214,7 @@ def check(run_: Run) -> None:
             "accelerate_configs/multi_gpu.yaml`, or show one with CUDA_VISIBLE_DEVICES=0"
         )
     if not args.prepare_only:
-        check_launch(args)
+        check_launch(args, os.environ)
         check_attention(model_args.attn_implementation, use_cpu=args.use_cpu)
     config = check_model_path(model_args)
     if not args.prepare_only:

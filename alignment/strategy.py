@@ -51,7 +51,7 @@ SHARDS = "shards"  # folder in output_dir, if the whole model cannot be written
 # ---- Before anything is loaded ----
 
 
-def start_process_group(timeout: float, *, use_cpu: bool, environment: Mapping[str, str] = os.environ) -> None:
+def start_process_group(timeout: float, environment: Mapping[str, str], *, use_cpu: bool) -> None:
     """Join this launch's CPU processes, so that waiting for one that hangs ends after `timeout` seconds.
 
     On GPUs TrainingArguments does it, with ddp_timeout; on a CPU it forgets the timeout, and a stopped process held the others
@@ -62,7 +62,7 @@ def start_process_group(timeout: float, *, use_cpu: bool, environment: Mapping[s
         torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=timeout))
 
 
-def check_launch(args: TrainingArguments, environment: Mapping[str, str] = os.environ) -> None:
+def check_launch(args: TrainingArguments, environment: Mapping[str, str]) -> None:
     """Raises UserError if this launch is not what the launcher or the recipe (strategy, num_processes) asks for."""
     processes = args.distributed_state.num_processes
     launched = int(environment.get("WORLD_SIZE", "1"))
@@ -139,7 +139,7 @@ def refuse_replacement(by_launcher: str | None, by_recipe: str | None, got: str)
         )
 
 
-def receives_weights(environment: Mapping[str, str] = os.environ) -> bool:
+def receives_weights(environment: Mapping[str, str]) -> bool:
     """Whether FSDP is going to fill this process's model with the first one's weights, so that it need not read them."""
     promised = is_true("ACCELERATE_USE_FSDP", environment) and is_true("FSDP_CPU_RAM_EFFICIENT_LOADING", environment)
     return promised and torch.distributed.is_initialized() and torch.distributed.get_rank() > 0

@@ -15,7 +15,7 @@ from filelock import FileLock
 
 from alignment.run_folder import LOCK_FILE, read_status
 from tests import builders
-from tests.forked import ROOT, Ended, Server
+from tests.forked import ROOT, Ended, Server, free_port
 
 STEPS = 8
 RECIPE = {
@@ -174,7 +174,12 @@ def test_one_of_two_processes_killed_costs_no_more_than_the_last_save(place, num
 
 
 def test_the_launcher_restarts_a_run_that_lost_a_process(recipe, unbroken_pair, tmp_path):
-    launch = ["-m", "accelerate.commands.launch", "--config_file=accelerate_configs/cpu.yaml"]
+    launch = [
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file=accelerate_configs/cpu.yaml",
+        f"--main_process_port={free_port()}",
+    ]
     elastic = ["--rdzv_backend=c10d", "--max_restarts=1", "tests/dies_once.py"]
     done = subprocess.run(
         [sys.executable, *launch, *elastic, str(recipe), f"--output_dir={tmp_path}"],
