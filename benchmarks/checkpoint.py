@@ -172,6 +172,7 @@ def take_turns(contenders: dict[str, Callable[[], Any]], before: Callable[[], No
 def forget_saves(*trainers: Trainer) -> None:
     """So that every save is the first, and none pays for what the one before left to be written."""
     for trainer in trainers:
+        trainer.saved_step = -1  # ours does not save a step twice
         for path in Path(trainer.args.output_dir).glob("checkpoint-*"):
             shutil.rmtree(path)
     os.sync()
