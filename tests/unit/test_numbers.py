@@ -469,7 +469,14 @@ def recipe(tmp_path_factory) -> Path:
 def launch_two(recipe: Path, tmp_path: Path, poison: str, *options: str) -> tuple[subprocess.CompletedProcess, float]:
     """The finished launch, and its seconds."""
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1"]
-    launch += ["--main_process_port=0", "--mixed_precision=no", "--dynamo_backend=no", str(recipe.parent / "poisoned.py"), str(recipe), poison]
+    launch += [
+        "--main_process_port=0",
+        "--mixed_precision=no",
+        "--dynamo_backend=no",
+        str(recipe.parent / "poisoned.py"),
+        str(recipe),
+        poison,
+    ]
     cache = recipe.parent / "cache"
     environment = {
         **os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(cache), "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1",
