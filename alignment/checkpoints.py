@@ -7,7 +7,7 @@ import logging
 import os
 import secrets
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -70,8 +70,7 @@ class Checkpoint(NamedTuple):
 def seal(folder: Path, facts: dict[str, Any]) -> None:
     """Put every file of `folder` on disk, then a manifest that describes them all: size, SHA-256, and `facts`."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:  # hashlib lets other threads run
-        digests = list(pool.map(synced_digest, paths))
+    digests = on_threads(synced_digest, paths)
     files = {
         path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": digest}
         for path, digest in zip(paths, digests, strict=True)
@@ -86,10 +85,14 @@ def seal(folder: Path, facts: dict[str, Any]) -> None:
         sync(path)
 
 
+def on_threads(digest: Callable[[Path], str], paths: list[Path]) -> list[str]:
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:  # hashlib lets other threads run
+        return list(pool.map(digest, paths))
+
+
 def synced_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    sync(path)
+    return digest_of(path)
 
 
 def sync(path: Path) -> None:
@@ -224,10 +227,9 @@ def verify(folder: Path) -> Checkpoint:
     for name in sorted(set(present) - files.keys() - {MANIFEST}):
         if name.endswith(LOADABLE):
             raise Damaged(f"{name} is not in its manifest")
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        for (name, file), digest in zip(files.items(), pool.map(digest_of, (folder / name for name in files)), strict=True):
-            if digest != file["sha256"]:
-                raise Damaged(f"{name} was changed (its SHA-256 differs)")
+    for (name, file), digest in zip(files.items(), on_threads(digest_of, [folder / name for name in files]), strict=True):
+        if digest != file["sha256"]:
+            raise Damaged(f"{name} was changed (its SHA-256 differs)")
     return Checkpoint(folder, facts)
 
 

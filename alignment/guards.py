@@ -62,7 +62,7 @@ class GuardedSteps(Trainer):
         self.checked_rows = {name: torch.cat([rows[name] for rows in self.step_rows]).detach() for name in self.step_rows[0]}
         self.step_rows.clear()
         broken = ~self.checked_rows["finite"]
-        # The one wait for the device in a step.
+        # A wait for the device; once a step, not once a micro-batch.
         if self.accelerator.reduce(broken.sum(), reduction="sum") > 0:
             self.break_step("loss", broken)
 

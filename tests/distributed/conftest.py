@@ -12,8 +12,8 @@ import pytest
 import yaml
 
 from alignment.pipeline import run
-from tests import builders
 from tests.distributed.worker import SIMPO
+from tests.workspaces import recipe_keys, save_workspace, write_recipe
 
 ROOT = Path(__file__).parents[2]
 BETA = 2.5
@@ -42,16 +42,8 @@ RECIPE = {
 @pytest.fixture(scope="session")
 def recipe(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("recipe")
-    builders.tiny_model(initializer_range=0.1).save_pretrained(folder / "model")
-    builders.bpe_tokenizer().save_pretrained(folder / "model")
-    rows = builders.pairs(16 + HELD_OUT)
-    (folder / "pairs").mkdir()
-    for name, part in (("train", rows[:16]), ("test", rows[16:])):
-        lines = "".join(f"{json.dumps(row)}\n" for row in part)
-        (folder / "pairs" / f"{name}.jsonl").write_text(lines, encoding="utf-8")
-    keys = {"model_name_or_path": str(folder / "model"), "dataset_mixer": {str(folder / "pairs"): 1.0}, **RECIPE}
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(keys), encoding="utf-8")
-    return folder / "recipe.yaml"
+    save_workspace(folder, 16, HELD_OUT, initializer_range=0.1)
+    return write_recipe(folder, {**recipe_keys(folder), **RECIPE})
 
 
 class Launched(NamedTuple):

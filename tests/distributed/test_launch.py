@@ -75,13 +75,14 @@ def wait_until_stopped(pid: int) -> None:
 
 # ---- Several machines ----
 
-# Two "machines" here. USR1 comes as soon as the launchers run, and before the workers listen for it. As srun with
-# --kill-on-bad-exit, one that fails ends the other.
+# Two "machines" here, the second when the first one listens: on one host either could open the port. USR1 comes as soon
+# as the launchers run, and before the workers listen for it. As srun with --kill-on-bad-exit, one that fails ends the other.
 SRUN = r"""#!/bin/bash
 while [[ $1 == --* ]]; do shift; done
 for node in 0 1; do
     SLURM_NODEID=$node "$@" &
     launchers+=($!)
+    until (: < "/dev/tcp/127.0.0.1/$MAIN_PROCESS_PORT") 2> /dev/null || ! kill -0 "${launchers[0]}"; do sleep 0.05; done
 done
 for launcher in "${launchers[@]}"; do
     until tr '\0' ' ' < "/proc/$launcher/cmdline" | grep -q 'bin/accelerate launch'; do sleep 0.05; done

@@ -9,24 +9,20 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from alignment.adapters import keep_4bit_layout
-from alignment.configs import DataArguments
-from alignment.data import get_datasets
 from alignment.pipeline import Method, main, run
-from alignment.prepare import to_pair_texts, to_tokens
 from alignment.splits import CONVERSATIONS, PAIRS
-from alignment.tokenization import LengthRules
 from scripts.sft_config import SFTConfig
 from scripts.sft_trainer import SFTTrainer
 from scripts.simpo_config import SimPOConfig
 from scripts.simpo_trainer import SimPOTrainer
 from tests import builders, reference
+from tests.workspaces import held_out_tokens, recipe_of_run, save_workspace
 
 ROOT = Path(__file__).parents[2]
 SIMPO = Method(config=SimPOConfig, trainer=SimPOTrainer, data=PAIRS)
@@ -61,14 +57,8 @@ SIZES = {"hidden_size": 128, "intermediate_size": 256, "initializer_range": 0.05
 def workspace(tmp_path_factory) -> Path:
     """A base, an SFT adapter of it that changes its scores, and 8 + 4 pairs."""
     folder = tmp_path_factory.mktemp("workspace")
-    base = builders.tiny_model(**SIZES)
-    base.save_pretrained(folder / "model")
-    builders.bpe_tokenizer().save_pretrained(folder / "model")
+    save_workspace(folder, 8, 4, **SIZES)
     sft_adapter(AutoModelForCausalLM.from_pretrained(folder / "model"), folder / "sft")
-    rows = builders.pairs(12)
-    for name, part in (("train", rows[:8]), ("test", rows[8:])):
-        (folder / "pairs").mkdir(exist_ok=True)
-        (folder / f"pairs/{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in part), encoding="utf-8")
     return folder
 
 
@@ -83,31 +73,13 @@ def sft_adapter(base: PreTrainedModel, folder: Path) -> None:
 
 def recipe_file(workspace: Path, folder: Path, **changes) -> str:
     """The recipe of a run into folder/run; a change to None leaves a key out."""
-    keys = {
-        "model_name_or_path": str(workspace / "model"),
-        "dataset_mixer": {str(workspace / "pairs"): 1.0},
-        **RECIPE,
-        "output_dir": str(folder / "run"),
-        **changes,
-    }
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump({key: value for key, value in keys.items() if value is not None}), encoding="utf-8")
-    return str(path)
-
-
-def held_out_tokens(workspace: Path) -> list[dict]:
-    splits, _ = get_datasets(
-        DataArguments(dataset_mixer={str(workspace / "pairs"): 1.0}),
-        columns=PAIRS.columns, preprocessing="exact", bad_rows="refuse", seed=42, do_eval=True,
-    )  # fmt: skip
-    texts = to_pair_texts(splits["test"], builders.bpe_tokenizer(), preprocessing="exact", add_system=False, num_proc=None)
-    return list(to_tokens(texts, builders.bpe_tokenizer(), LengthRules(100, 50, "keep_end", "exact"), num_proc=None))
+    return recipe_of_run(workspace, folder, RECIPE, changes)
 
 
 @torch.no_grad()
 def scores(model: PreTrainedModel, workspace: Path) -> Tensor:
     """(8,) mean log-probabilities of the held-out responses, by the plain path."""
-    return torch.cat(reference.mean_logps(model.eval(), held_out_tokens(workspace)))
+    return torch.cat(reference.mean_logps(model.eval(), held_out_tokens(workspace, builders.bpe_tokenizer(), RECIPE)))
 
 
 def reported(folder: Path) -> Tensor:
@@ -238,7 +210,7 @@ def stacked(workspace, tmp_path_factory) -> Path:
 def test_a_new_adapter_names_the_merged_model_and_loads_in_a_fresh_process(stacked, workspace, tmp_path):
     assert adapter_config(stacked / "run")["base_model_name_or_path"] == str(stacked / "run/base")
     assert adapter_config(stacked / "run")["r"] == 4
-    torch.save(held_out_tokens(workspace), tmp_path / "rows.pt")
+    torch.save(held_out_tokens(workspace, builders.bpe_tokenizer(), RECIPE), tmp_path / "rows.pt")
     subprocess.run(
         [sys.executable, "-c", LOAD_ELSEWHERE, str(stacked / "run"), str(tmp_path / "rows.pt"), str(tmp_path / "scores.pt")],
         cwd=ROOT, check=True, timeout=120,

@@ -16,6 +16,7 @@ from filelock import FileLock
 from alignment.run_folder import LOCK_FILE, read_status
 from tests import builders
 from tests.forked import ROOT, Ended, Server, free_port
+from tests.workspaces import read_jsonl, recipe_keys, save_model, save_workspace, write_recipe
 
 STEPS = 8
 RECIPE = {
@@ -56,24 +57,15 @@ def server(tmp_path_factory) -> Iterator[Server]:
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("faults")
-    builders.tiny_model(initializer_range=0.1).save_pretrained(folder / "model")
-    builders.bpe_tokenizer().save_pretrained(folder / "model")
-    rows = builders.pairs(22)
-    (folder / "pairs").mkdir()
-    for name, part in (("train", rows[:16]), ("test", rows[16:])):
-        lines = "".join(f"{json.dumps(row)}\n" for row in part)
-        (folder / "pairs" / f"{name}.jsonl").write_text(lines, encoding="utf-8")
-    keys = {**RECIPE, "model_name_or_path": str(folder / "model"), "dataset_mixer": {str(folder / "pairs"): 1.0}}
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(keys), encoding="utf-8")
-    return folder / "recipe.yaml"
+    save_workspace(folder, 16, 6, initializer_range=0.1)
+    return write_recipe(folder, {**RECIPE, **recipe_keys(folder)})
 
 
 @pytest.fixture(scope="module")
 def wide_model(recipe) -> Path:
     """128 wide, which bitsandbytes needs."""
     folder = recipe.parent / "wide"
-    builders.tiny_model(hidden_size=128, initializer_range=0.1).save_pretrained(folder)
-    builders.bpe_tokenizer().save_pretrained(folder)
+    save_model(folder, hidden_size=128, initializer_range=0.1)
     return folder
 
 
@@ -101,7 +93,7 @@ def steps(folder: Path) -> list[int]:
 
 
 def metrics(folder: Path) -> list[dict]:
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    records = read_jsonl(folder / "metrics.jsonl")
     kept = [record for record in records if "train_runtime" not in record]
     return [{key: value for key, value in record.items() if not any(part in key for part in TIMING)} for record in kept]
 
@@ -391,7 +383,7 @@ def test_changed_data_in_the_same_place_is_refused_and_a_recipe_key_is_named(ser
     shutil.copytree(recipe.parent, tmp_path / "changed")
     folder = tmp_path / "run"
     moved = yaml.safe_load(recipe.read_text()) | {"dataset_mixer": {str(tmp_path / "changed/pairs"): 1.0}}
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(moved))
+    write_recipe(tmp_path, moved)
     server.run(str(tmp_path / "recipe.yaml"), f"--output_dir={folder}", "--max_steps=2")
     train = tmp_path / "changed/pairs/train.jsonl"
     train.write_text(train.read_text() + json.dumps(builders.pairs(30)[-1]) + "\n")

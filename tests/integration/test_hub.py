@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from alignment.run_folder import read_status
-from tests import builders
 from tests.fakehub import FakeHub, Trouble
 from tests.forked import Ended, Server
+from tests.workspaces import recipe_keys, save_workspace, write_recipe
 
 SECRET = "hf_secret0123456789"
 NAME = "me/run"
@@ -70,15 +69,8 @@ def server(one_hub, tmp_path_factory) -> Iterator[Server]:
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("recipe")
-    builders.tiny_model(initializer_range=0.1).save_pretrained(folder / "model")
-    builders.bpe_tokenizer().save_pretrained(folder / "model")
-    (folder / "pairs").mkdir()
-    lines = "".join(f"{json.dumps(row)}\n" for row in builders.pairs(8))
-    (folder / "pairs/train.jsonl").write_text(lines, encoding="utf-8")
-    keys = {**RECIPE, "model_name_or_path": str(folder / "model"), "dataset_mixer": {str(folder / "pairs"): 1.0}}
-    keys["dataset_splits"] = ["train"]
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(keys), encoding="utf-8")
-    return folder / "recipe.yaml"
+    save_workspace(folder, 8, 0, initializer_range=0.1)
+    return write_recipe(folder, {**RECIPE, **recipe_keys(folder), "dataset_splits": ["train"]})
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """Data is prepared once: ahead of the run, by one process at a time, and again where what was made is damaged."""
 
-import json
 import multiprocessing
 import os
 import subprocess
@@ -11,17 +10,18 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-import yaml
 from datasets import config as datasets_config
 
 from alignment import chat, pipeline, prepare, tokenization
 from alignment.pipeline import Method, main, run
+from alignment.records import write_jsonl
 from alignment.splits import CONVERSATIONS, PAIRS
 from scripts.sft_config import SFTConfig
 from scripts.sft_trainer import SFTTrainer
 from scripts.simpo_config import SimPOConfig
 from scripts.simpo_trainer import SimPOTrainer
 from tests import builders
+from tests.workspaces import recipe_of_run, save_splits, save_workspace
 
 ROOT = Path(__file__).parents[2]
 SIMPO = Method(config=SimPOConfig, trainer=SimPOTrainer, data=PAIRS)
@@ -30,20 +30,12 @@ SFT = Method(config=SFTConfig, trainer=SFTTrainer, data=CONVERSATIONS)
 GPU_KEYS = {"bf16": True, "tf32": True, "attn_implementation": "flash_attention_2", "use_cpu": None}
 
 
-def write_jsonl(path: Path, rows: list[dict]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
-
-
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("workspace")
-    builders.tiny_model(initializer_range=0.1).save_pretrained(folder / "model")
-    builders.bpe_tokenizer().save_pretrained(folder / "model")
-    rows = builders.pairs(14)
-    for name, part in (("train", rows[:8]), ("test", rows[8:])):
-        write_jsonl(folder / f"pairs/{name}.jsonl", part)
-        write_jsonl(folder / f"chats/{name}.jsonl", [{"messages": row["chosen"]} for row in part])
+    rows = save_workspace(folder, 8, 6, initializer_range=0.1)
+    chats = [{"messages": row["chosen"]} for row in rows]
+    save_splits(folder / "chats", chats[:8], chats[8:])
     return folder
 
 
@@ -57,8 +49,6 @@ def cache(tmp_path, monkeypatch) -> Path:
 def recipe_file(workspace: Path, folder: Path, **changes) -> str:
     """A recipe of two steps; a change to None leaves a key out."""
     keys = {
-        "model_name_or_path": str(workspace / "model"),
-        "dataset_mixer": {str(workspace / "pairs"): 1.0},
         "attn_implementation": "sdpa",
         "preprocessing": "exact",
         "use_cpu": True,
@@ -70,12 +60,16 @@ def recipe_file(workspace: Path, folder: Path, **changes) -> str:
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
-        "output_dir": str(folder / "run"),
-        **changes,
     }
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump({key: value for key, value in keys.items() if value is not None}), encoding="utf-8")
-    return str(path)
+    return recipe_of_run(workspace, folder, keys, changes)
+
+
+def refusal(recipe: str, capsys: pytest.CaptureFixture, method: Method = SIMPO) -> str:
+    """What a run prints that ends as a user's mistake."""
+    with pytest.raises(SystemExit) as exit_:
+        main(method, [recipe])
+    assert exit_.value.code == 2
+    return capsys.readouterr().err
 
 
 def cached_files(cache: Path) -> dict[str, int]:
@@ -233,10 +227,7 @@ def test_a_torn_file_is_one_message_that_names_it_and_deleting_it_is_enough(left
     rows = tokenized(recipe)
     torn = token_files(cache)[0]
     torn.write_bytes(torn.read_bytes()[:left])
-    with pytest.raises(SystemExit) as exit_:
-        main(SIMPO, [recipe])
-    assert exit_.value.code == 2
-    printed = capsys.readouterr().err
+    printed = refusal(recipe, capsys)
     assert f"error: {torn}: prepared data, and damaged" in printed
     assert f"rm {torn}\n" in printed
     assert "Traceback" not in printed
@@ -249,10 +240,7 @@ def test_a_torn_file_of_the_rows_as_they_were_read_is_named_too(workspace, tmp_p
     run(SIMPO, [recipe, "--prepare_only"])
     torn = next(path for path in sorted(cache.rglob("*.arrow")) if path.parent.name != "simpo")
     torn.write_bytes(torn.read_bytes()[:-200])
-    with pytest.raises(SystemExit) as exit_:
-        main(SIMPO, [recipe])
-    assert exit_.value.code == 2
-    assert f"rm {torn}\n" in capsys.readouterr().err
+    assert f"rm {torn}\n" in refusal(recipe, capsys)
 
 
 def test_a_file_that_lost_its_last_batch_is_not_taken_for_a_shorter_one(workspace, tmp_path, cache, capsys):
@@ -262,10 +250,7 @@ def test_a_file_that_lost_its_last_batch_is_not_taken_for_a_shorter_one(workspac
     table = pa.ipc.open_stream(shorter.read_bytes()).read_all()
     with pa.OSFile(str(shorter), "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
         stream.write_table(table.slice(0, len(table) - 2))
-    with pytest.raises(SystemExit) as exit_:
-        main(SIMPO, [recipe])
-    assert exit_.value.code == 2
-    printed = capsys.readouterr().err
+    printed = refusal(recipe, capsys)
     assert f"{len(table) - 2} of {len(table)} rows" in printed
     assert f"rm {shorter}\n" in printed
 
@@ -273,10 +258,8 @@ def test_a_file_that_lost_its_last_batch_is_not_taken_for_a_shorter_one(workspac
 def test_another_mistake_is_not_taken_for_a_torn_file(workspace, tmp_path, cache, capsys):
     (cache / "simpo").mkdir(parents=True)
     (cache / "simpo/other.arrow").write_bytes(b"torn")
-    with pytest.raises(SystemExit) as exit_:
-        main(SIMPO, [recipe_file(workspace, tmp_path, dataset_splits=["train", "tset"])])
-    assert exit_.value.code == 2
-    assert "damaged" not in capsys.readouterr().err
+    printed = refusal(recipe_file(workspace, tmp_path, dataset_splits=["train", "tset"]), capsys)
+    assert "damaged" not in printed
 
 
 # ---- Too little of it ----
@@ -289,19 +272,16 @@ def test_data_that_fills_no_batch_is_an_error_before_the_model_is_loaded(
     keys = {"dataset_mixer": {str(workspace / source): 1.0}, "dataloader_drop_last": True, "per_device_train_batch_size": 16}
     recipe = recipe_file(workspace, tmp_path, **keys, **({"max_prompt_length": None} if method is SFT else {}))
     monkeypatch.setattr(pipeline, "build_trainer", None)
-    with pytest.raises(SystemExit) as exit_:
-        main(method, [recipe])
-    assert exit_.value.code == 2
-    assert "error: dataloader_drop_last = True: 8 training rows are less than one batch of 16" in capsys.readouterr().err
+    printed = refusal(recipe, capsys, method)
+    assert "error: dataloader_drop_last = True: 8 training rows are less than one batch of 16" in printed
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_a_split_without_a_row_is_an_error(split, workspace, tmp_path, cache, capsys):
     rows = builders.pairs(4)
+    (tmp_path / "few").mkdir()
     for name in ("train", "test"):
         write_jsonl(tmp_path / f"few/{name}.jsonl", [] if name == split else rows)
-    with pytest.raises(SystemExit) as exit_:
-        main(SIMPO, [recipe_file(workspace, tmp_path, dataset_mixer={str(tmp_path / "few"): 1.0})])
-    assert exit_.value.code == 2
-    assert f"{split}.jsonl: has no rows" in capsys.readouterr().err
+    printed = refusal(recipe_file(workspace, tmp_path, dataset_mixer={str(tmp_path / "few"): 1.0}), capsys)
+    assert f"{split}.jsonl: has no rows" in printed

@@ -22,6 +22,7 @@ from scripts.sft_trainer import SFTTrainer
 from scripts.simpo_config import SimPOConfig
 from scripts.simpo_trainer import SimPOTrainer
 from tests import builders, reference
+from tests.workspaces import held_out_tokens, read_jsonl, recipe_of_run, save_splits, save_workspace
 
 ROOT = Path(__file__).parents[2]
 SIMPO = Method(config=SimPOConfig, trainer=SimPOTrainer, data=PAIRS)
@@ -49,41 +50,19 @@ RECIPE = {
 }
 
 
-def write_jsonl(path: Path, rows: list[dict]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
-
-
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory) -> Path:
     """A model, 16 + 6 pairs and as many conversations."""
     folder = tmp_path_factory.mktemp("workspace")
-    builders.tiny_model(initializer_range=0.1).save_pretrained(folder / "model")
-    builders.bpe_tokenizer().save_pretrained(folder / "model")
-    rows = builders.pairs(22)
-    write_jsonl(folder / "pairs/train.jsonl", rows[:16])
-    write_jsonl(folder / "pairs/test.jsonl", rows[16:])
-    write_jsonl(folder / "chats/train.jsonl", [{"messages": row["chosen"]} for row in rows[:16]])
-    write_jsonl(folder / "chats/test.jsonl", [{"messages": row["chosen"]} for row in rows[16:]])
+    rows = save_workspace(folder, 16, 6, initializer_range=0.1)
+    chats = [{"messages": row["chosen"]} for row in rows]
+    save_splits(folder / "chats", chats[:16], chats[16:])
     return folder
 
 
 def recipe_file(workspace: Path, folder: Path, **changes) -> str:
     """The recipe of a run into folder/run; a change to None leaves a key out."""
-    keys = {
-        "model_name_or_path": str(workspace / "model"),
-        "dataset_mixer": {str(workspace / "pairs"): 1.0},
-        **RECIPE,
-        "output_dir": str(folder / "run"),
-        **changes,
-    }
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump({key: value for key, value in keys.items() if value is not None}), encoding="utf-8")
-    return str(path)
-
-
-def jsonl(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return recipe_of_run(workspace, folder, RECIPE, changes)
 
 
 def environment() -> dict[str, str]:
@@ -117,10 +96,10 @@ def test_the_launch_command_leaves_a_model_that_scores_the_held_out_pairs_as_rep
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     assert model.config.use_cache
     assert tokenizer.chat_template == builders.bpe_tokenizer().chat_template
-    pairs = jsonl(folder / "eval_pairs.jsonl")
+    pairs = read_jsonl(folder / "eval_pairs.jsonl")
     assert [pair["index"] for pair in pairs] == list(range(6))
 
-    rows = held_out_tokens(workspace, tokenizer)
+    rows = held_out_tokens(workspace, tokenizer, RECIPE)
     with torch.no_grad():
         chosen, rejected = reference.mean_logps(AutoModelForCausalLM.from_pretrained(folder), rows)
     assert [pair["chosen_reward"] for pair in pairs] == pytest.approx((BETA * chosen).tolist(), rel=1e-5)
@@ -130,21 +109,6 @@ def test_the_launch_command_leaves_a_model_that_scores_the_held_out_pairs_as_rep
     results = json.loads((folder / "eval_results.json").read_text())
     assert results["eval_rewards/margins"] == pytest.approx((BETA * (chosen - rejected)).mean().item(), abs=1e-5)
     assert results["eval_lengths/chosen"] == pytest.approx(sum(row["chosen_length"] for row in rows) / 6)
-
-
-def held_out_tokens(workspace: Path, tokenizer) -> list[dict]:
-    """The held-out rows as the run tokenized them, in its order."""
-    from alignment.configs import DataArguments
-    from alignment.data import get_datasets
-    from alignment.prepare import to_pair_texts, to_tokens
-    from alignment.tokenization import LengthRules
-
-    splits, _ = get_datasets(
-        DataArguments(dataset_mixer={str(workspace / "pairs"): 1.0}),
-        columns=PAIRS.columns, preprocessing="exact", bad_rows="refuse", seed=42, do_eval=True,
-    )  # fmt: skip
-    texts = to_pair_texts(splits["test"], tokenizer, preprocessing="exact", add_system=False, num_proc=None)
-    return list(to_tokens(texts, tokenizer, LengthRules(160, 80, "keep_end", "exact"), num_proc=None))
 
 
 def test_a_run_explains_itself(launched, workspace):
@@ -158,7 +122,7 @@ def test_a_run_explains_itself(launched, workspace):
     assert "| pairs per step | 4 |" in card
     assert "Reward accuracy" in card
 
-    records = jsonl(folder / "metrics.jsonl")
+    records = read_jsonl(folder / "metrics.jsonl")
     assert [record["step"] for record in records if "loss" in record] == [1, 2, 3, 4]
     assert {"rewards/margins", "rewards/accuracies", "logps/chosen", "tokens_per_second", "tokens_saved"} <= records[0].keys()
     assert [record["step"] for record in records if "eval_loss" in record] == [2, 4, 4]
@@ -172,7 +136,9 @@ def test_the_recorded_recipe_starts_the_same_run_again(launched, tmp_path):
     folder, _ = launched
     trainer = run(SIMPO, [str(folder / "recipe.yaml"), f"--output_dir={tmp_path}"])
     again = [record["loss"] for record in trainer.state.log_history if "loss" in record]
-    assert again == pytest.approx([record["loss"] for record in jsonl(folder / "metrics.jsonl") if "loss" in record], rel=1e-5)
+    assert again == pytest.approx(
+        [record["loss"] for record in read_jsonl(folder / "metrics.jsonl") if "loss" in record], rel=1e-5
+    )
 
 
 def test_no_secret_and_no_pickle_is_left_behind(launched):
@@ -212,9 +178,9 @@ def test_a_lora_run_saves_an_adapter_that_loads_onto_its_base(workspace, tmp_pat
     run(SIMPO, [recipe])
     assert not (tmp_path / "run/model.safetensors").exists()
     model = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "run")
-    pairs = jsonl(tmp_path / "run/eval_pairs.jsonl")
+    pairs = read_jsonl(tmp_path / "run/eval_pairs.jsonl")
     with torch.no_grad():
-        chosen, _ = reference.mean_logps(model, held_out_tokens(workspace, builders.bpe_tokenizer()))
+        chosen, _ = reference.mean_logps(model, held_out_tokens(workspace, builders.bpe_tokenizer(), RECIPE))
     assert [pair["chosen_reward"] for pair in pairs] == pytest.approx((BETA * chosen).tolist(), rel=1e-5)
 
 
@@ -297,7 +263,7 @@ def test_weights_that_are_not_finite_stop_the_run_with_status_1_and_the_rows(wor
 def test_a_resumed_run_ends_with_the_weights_and_log_of_an_unbroken_one(workspace, tmp_path):
     recipe = recipe_file(workspace, tmp_path, save_strategy="steps", save_steps=2, save_total_limit=9, num_train_epochs=2)
     run(SIMPO, [recipe])
-    unbroken, log = load_file(tmp_path / "run/model.safetensors"), jsonl(tmp_path / "run/metrics.jsonl")
+    unbroken, log = load_file(tmp_path / "run/model.safetensors"), read_jsonl(tmp_path / "run/metrics.jsonl")
     for later in ("checkpoint-4", "checkpoint-6", "checkpoint-8", "model.safetensors"):
         path = tmp_path / "run" / later
         shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -309,7 +275,7 @@ def test_a_resumed_run_ends_with_the_weights_and_log_of_an_unbroken_one(workspac
     def trained(records: list[dict]) -> list[tuple]:
         return [(record["step"], record["loss"], record["rewards/margins"]) for record in records if "loss" in record]
 
-    assert trained(jsonl(tmp_path / "run/metrics.jsonl")) == trained(log)
+    assert trained(read_jsonl(tmp_path / "run/metrics.jsonl")) == trained(log)
 
 
 def test_a_changed_recipe_does_not_go_on_from_the_old_ones_checkpoint(workspace, tmp_path, capsys):

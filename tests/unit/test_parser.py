@@ -826,7 +826,7 @@ MISFITS = [
 
 
 @every_config
-@pytest.mark.parametrize(("value", "kinds"), MISFITS, ids=lambda argument: repr(argument))
+@pytest.mark.parametrize(("value", "kinds"), MISFITS, ids=[repr(value) for value, _ in MISFITS])
 def test_exactly_the_fields_whose_type_does_not_admit_a_value_refuse_it(config, value, kinds, write):
     parser = PLAIN[config]
     recipe = write(yaml.safe_dump(dict.fromkeys(parser.targets, value)))
