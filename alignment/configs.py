@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from .errors import ConfigError, Problem, UserError
-from .strategy import STRATEGIES, start_process_group
+from .launch import STRATEGIES, start_process_group
 
 PREPROCESSING_MODES = ("published", "exact")
 DTYPES = ("auto", "float32", "float16", "bfloat16")

@@ -7,6 +7,7 @@ A source of dataset_mixer offers splits; a split gives its share of rows; a row 
 import random
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from accelerate import PartialState
@@ -216,12 +217,25 @@ def check_rows(place: str, rows: Dataset, numbers: Sequence[int], columns: tuple
         num_proc=processes if processes > 1 else None,
         desc=f"Checking {place}",
     )
+    refuse_cut(checked, rows)
     flaws = [
         Flaw(index, finding["reason"], f"{place}, row {numbers[index]}: {finding['detail']}")
         for index, findings in enumerate(checked.select_columns("findings")[:]["findings"])
         for finding in findings
     ]
     return Part(checked.remove_columns("findings"), flaws)
+
+
+def refuse_cut(made: Dataset, rows: Dataset) -> None:
+    """Raises UserError if the file that holds what was made of `rows` lost some of its batches: it reads like a shorter one."""
+    if len(made) != len(rows):
+        files = sorted(Path(file["filename"]) for file in made.cache_files)
+        raise UserError(damaged(files, f"{len(made):,} of {len(rows):,} rows"))
+
+
+def damaged(files: Sequence[Path], reason: str) -> str:
+    names = " ".join(map(str, files))
+    return f"{names}: prepared data, and damaged ({reason}). Delete it and start again, it is then made anew: rm {names}"
 
 
 def refuse_bad_rows(parts: Sequence[Part], keep_malformed: bool) -> None:

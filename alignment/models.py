@@ -33,7 +33,7 @@ from transformers.utils import (
 
 from .configs import DataArguments, ModelArguments
 from .errors import UserError
-from .strategy import launcher_strategy, receives_weights
+from .launch import launcher_strategy, receives_weights
 
 # Files that make a folder a model, also with an adapter beside them.
 WHOLE_WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)

@@ -20,7 +20,8 @@ from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
 
-from .adapters import check_adapters, settle_adapter, starting_point
+from .adapter_checks import check_adapters
+from .adapters import settle_adapter, starting_point
 from .checkpoints import (
     AFRESH,
     Checkpoint,
@@ -35,13 +36,14 @@ from .durable import DurableTrainer, EvaluationCut, layout
 from .errors import TrainingStopped, UserError
 from .failures import record_crash, report
 from .hub import bounded, check_hub, push_run, repository_name
+from .launch import check_launch, outwait_compilers
 from .models import check_attention, check_model_path, model_init_kwargs
 from .parser import H4ArgumentParser, full_recipe
 from .records import RunRecords, write_jsonl, write_run_folder
 from .run_folder import only_writer, read_status, write_status
 from .signals import RunInterrupted, StopSignals
 from .splits import DataKind, fingerprint, ready_tokenizer, tokenized_splits
-from .strategy import check_launch, save_whole_model, take_strategy
+from .strategy import save_whole_model, take_strategy
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -221,6 +223,7 @@ def check(run_: Run) -> None:
         check_adapters(model_args, args, config)
         if args.push_to_hub and args.process_index == 0:
             check_hub(args)
+        outwait_compilers(os.environ)
 
 
 # ---- Training ----

@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 from transformers import PreTrainedTokenizerBase
 
 from . import chat, tokenization
+from .data import damaged, refuse_cut
 from .errors import UserError
 from .tokenization import LengthRules
 
@@ -55,7 +56,6 @@ def cached_map(
     code = inspect.getsource(inspect.getmodule(function))
     parts = [dataset._fingerprint, tokenizer_identity(tokenizer), repr(sorted(settings.items())), function.__name__, code]
     name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
-    folder = cache_folder()
     mapped = dataset.map(
         function,
         batched=True,
@@ -63,14 +63,13 @@ def cached_map(
         fn_kwargs={"tokenizer": tokenizer, **settings},
         remove_columns=dataset.column_names,
         num_proc=worker_count(num_proc, len(dataset)),
-        cache_file_name=str(folder / f"{name}.arrow"),
+        cache_file_name=str(cache_folder() / f"{name}.arrow"),
         load_from_cache_file=True,
         new_fingerprint=name,
         features=features,
         desc=desc,
     )
-    if len(mapped) != len(dataset):  # a file that was cut between two of its batches reads like a shorter one
-        raise UserError(damaged(sorted(folder.glob(f"{name}*.arrow")), f"{len(mapped):,} of {len(dataset):,} rows"))
+    refuse_cut(mapped, dataset)
     return mapped
 
 
@@ -81,16 +80,17 @@ def cache_folder() -> Path:
 
 
 @contextmanager
-def one_process_at_a_time(work: str) -> Iterator[None]:
-    """One process of this machine does `work`, the others wait and then find its files. The lock of a dead one is free.
+def one_process_at_a_time(lock_file: Path, work: str) -> Iterator[None]:
+    """One process does `work`, the others wait and then find its files. The lock of a dead one is free.
 
     A lock and no collective, which would time out while somebody works for an hour.
     """
-    lock = FileLock(cache_folder() / f"{hashlib.sha256(work.encode()).hexdigest()[:32]}.lock")
+    lock_file.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(lock_file)
     try:
         lock.acquire(timeout=1)
     except Timeout:
-        logger.info("Another process prepares the same data; waiting for it.")
+        logger.info("Another process is %s; waiting for it.", work)
         lock.acquire()
     try:
         yield
@@ -116,11 +116,6 @@ def is_torn(path: Path) -> bool:
     except (OSError, pa.ArrowException):
         return True
     return False
-
-
-def damaged(files: list[Path], reason: str) -> str:
-    names = " ".join(map(str, files))
-    return f"{names}: prepared data, and damaged ({reason}). Delete it and start again, it is then made anew: rm {names}"
 
 
 def worker_count(num_proc: int | None, rows: int) -> int | None:

@@ -54,10 +54,11 @@ def tokenized_splits(kind: DataKind, tokenizer: PreTrainedTokenizerBase, run_: R
     if PartialState().local_process_index > 0:
         time.sleep(1)  # let the process go first whose progress is shown
     tokenizer_name = prepare.tokenizer_identity(tokenizer)
-    work = repr((run_.data_args, kind.columns, args.preprocessing, args.bad_rows, seed, args.do_eval, tokenizer_name))
+    settings = (run_.data_args, kind.columns, args.preprocessing, args.bad_rows, seed, args.do_eval, tokenizer_name)
+    lock_name = f"{hashlib.sha256(repr(settings).encode()).hexdigest()[:32]}.lock"
     splits = {}
     try:
-        with prepare.one_process_at_a_time(work):
+        with prepare.one_process_at_a_time(prepare.cache_folder() / lock_name, "preparing the same data"):
             conversations, reports = get_datasets(
                 run_.data_args,
                 columns=kind.columns,

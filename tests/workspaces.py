@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
-from transformers import PreTrainedTokenizerBase
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from alignment.configs import DataArguments
 from alignment.data import get_datasets
@@ -20,6 +22,17 @@ def save_model(folder: Path, **settings: Any) -> None:
     """A tiny model and its tokenizer; `settings` go into the model's config."""
     builders.tiny_model(**settings).save_pretrained(folder)
     builders.bpe_tokenizer().save_pretrained(folder)
+
+
+def save_adapter(base: Path, folder: Path) -> None:
+    """A LoRA adapter of the model in `base`, as an SFT run leaves it: one that changes what the model says."""
+    torch.manual_seed(3)
+    config = LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=8, target_modules=["q_proj", "up_proj"])
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(folder)
 
 
 def save_splits(folder: Path, train: list[dict], held_out: list[dict]) -> None:

@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ import yaml
 
 from alignment.pipeline import run
 from tests.distributed.worker import SIMPO
-from tests.workspaces import recipe_keys, save_workspace, write_recipe
+from tests.workspaces import recipe_keys, save_adapter, save_workspace, write_recipe
 
 ROOT = Path(__file__).parents[2]
 BETA = 2.5
@@ -43,6 +43,7 @@ RECIPE = {
 def recipe(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("recipe")
     save_workspace(folder, 16, HELD_OUT, initializer_range=0.1)
+    save_adapter(folder / "model", folder / "sft")
     return write_recipe(folder, {**recipe_keys(folder), **RECIPE})
 
 
@@ -56,9 +57,9 @@ class Launched(NamedTuple):
 
 
 def environment(folder: Path, **variables: str) -> dict[str, str]:
-    """ninja, which DeepSpeed compiles with, is beside the interpreter."""
+    """ninja, which DeepSpeed compiles with, is beside the interpreter. What it compiles is kept for the session."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    cache = {"HF_DATASETS_CACHE": str(folder / "cache")}
+    cache = {"HF_DATASETS_CACHE": str(folder / "cache"), "TORCH_EXTENSIONS_DIR": str(folder.parent / "extensions")}
     return {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", **cache, **variables}
 
 
@@ -88,16 +89,20 @@ def launch(config: str, folder: Path, jobs: dict[str, dict[str, Any]], *, time_l
 
 @pytest.fixture(scope="session")
 def one_process(recipe, tmp_path_factory) -> Callable[..., Path]:
-    """Runs a command line in this process, once a session; its run folder."""
+    """Runs a command line in this process, once a session; its run folder. In options, {folder} is the recipe's."""
     folders: dict[tuple[str, ...], Path] = {}
 
     def run_folder(*options: str) -> Path:
         if options not in folders:
             folders[options] = tmp_path_factory.mktemp("one")
-            run(SIMPO, [str(recipe), f"--output_dir={folders[options]}", *options])
+            run(SIMPO, [str(recipe), f"--output_dir={folders[options]}", *in_place(options, recipe)])
         return folders[options]
 
     return run_folder
+
+
+def in_place(options: Sequence[str], recipe: Path) -> list[str]:
+    return [option.format(folder=recipe.parent) for option in options]
 
 
 def records(folder: Path, key: str) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -22,7 +22,7 @@ from scripts.sft_trainer import SFTTrainer
 from scripts.simpo_config import SimPOConfig
 from scripts.simpo_trainer import SimPOTrainer
 from tests import builders, reference
-from tests.workspaces import held_out_tokens, recipe_of_run, save_workspace
+from tests.workspaces import held_out_tokens, recipe_of_run, save_adapter, save_workspace
 
 ROOT = Path(__file__).parents[2]
 SIMPO = Method(config=SimPOConfig, trainer=SimPOTrainer, data=PAIRS)
@@ -58,17 +58,8 @@ def workspace(tmp_path_factory) -> Path:
     """A base, an SFT adapter of it that changes its scores, and 8 + 4 pairs."""
     folder = tmp_path_factory.mktemp("workspace")
     save_workspace(folder, 8, 4, **SIZES)
-    sft_adapter(AutoModelForCausalLM.from_pretrained(folder / "model"), folder / "sft")
+    save_adapter(folder / "model", folder / "sft")
     return folder
-
-
-def sft_adapter(base: PreTrainedModel, folder: Path) -> None:
-    torch.manual_seed(3)
-    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=8, target_modules=["q_proj", "up_proj"]))
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.2)
-    model.save_pretrained(folder)
 
 
 def recipe_file(workspace: Path, folder: Path, **changes) -> str:
@@ -229,7 +220,7 @@ def test_a_merged_model_is_kept_for_the_next_start_unless_its_adapter_changed(st
     first = weights.stat().st_ino
     run(SIMPO, [recipe])
     assert weights.stat().st_ino == first
-    sft_adapter(AutoModelForCausalLM.from_pretrained(workspace / "model"), tmp_path / "other")
+    save_adapter(workspace / "model", tmp_path / "other")
     tensors = load_file(tmp_path / "other/adapter_model.safetensors")
     save_file({name: 2 * tensor for name, tensor in tensors.items()}, tmp_path / "sft/adapter_model.safetensors")
     run(SIMPO, [recipe])

@@ -175,25 +175,20 @@ def test_a_second_process_waits_and_then_finds_everything(workspace, tmp_path, c
     assert len(encoders) == 2  # train and test
 
 
-def test_who_waits_says_so_and_no_lock_outlives_its_holder(cache, caplog):
-    entered = threading.Event()
+def test_who_waits_says_so_and_no_lock_outlives_its_holder(tmp_path, caplog):
+    lock, entered = tmp_path / "new/lock", threading.Event()
 
     def other() -> None:
-        with prepare.one_process_at_a_time("tokenizing"):
+        with prepare.one_process_at_a_time(lock, "tokenizing"):
             entered.set()
 
-    with caplog.at_level("INFO", "alignment"), prepare.one_process_at_a_time("tokenizing"):
+    with caplog.at_level("INFO", "alignment"), prepare.one_process_at_a_time(lock, "tokenizing"):
         waiting = threading.Thread(target=other)
         waiting.start()
         assert not entered.wait(1.5)
     waiting.join(10)
     assert entered.is_set()
-    assert "Another process prepares the same data" in caplog.text
-
-
-def test_work_on_other_data_does_not_wait(cache):
-    with prepare.one_process_at_a_time("one recipe"), prepare.one_process_at_a_time("another"):
-        pass
+    assert "Another process is tokenizing; waiting for it." in caplog.text
 
 
 # ---- What can happen to it ----
@@ -243,10 +238,16 @@ def test_a_torn_file_of_the_rows_as_they_were_read_is_named_too(workspace, tmp_p
     assert f"rm {torn}\n" in refusal(recipe, capsys)
 
 
-def test_a_file_that_lost_its_last_batch_is_not_taken_for_a_shorter_one(workspace, tmp_path, cache, capsys):
+def checked_files(cache: Path) -> list[Path]:
+    """What checking the rows left."""
+    return sorted(path for path in cache.rglob("cache-*.arrow") if b"findings" in path.read_bytes()[:2000])
+
+
+@pytest.mark.parametrize("files", [token_files, checked_files], ids=["tokens", "checked rows"])
+def test_a_file_that_lost_its_last_batch_is_not_taken_for_a_shorter_one(files, workspace, tmp_path, cache, capsys):
     recipe = recipe_file(workspace, tmp_path)
     run(SIMPO, [recipe, "--prepare_only"])
-    shorter = token_files(cache)[0]
+    shorter = files(cache)[0]
     table = pa.ipc.open_stream(shorter.read_bytes()).read_all()
     with pa.OSFile(str(shorter), "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
         stream.write_table(table.slice(0, len(table) - 2))

@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[2]
 ORDER = [
     "__init__",
     "errors",
+    "launch",
     "strategy",
     "losses",
     "chat",
@@ -25,6 +26,7 @@ ORDER = [
     "prepare",
     "models",
     "adapters",
+    "adapter_checks",
     "head",
     "shared_prompt",
     "throughput",

@@ -13,7 +13,8 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from alignment import adapters
-from alignment.adapters import add_adapter, check_adapters, keep_4bit_layout, lora_config
+from alignment.adapter_checks import check_adapters
+from alignment.adapters import add_adapter, keep_4bit_layout, lora_config
 from alignment.configs import DataArguments, ModelArguments
 from alignment.errors import ConfigError, UserError
 from alignment.models import check_model_path, find_adapter, load_policy, load_tokenizer

@@ -1,6 +1,8 @@
 """What a launch asked for against what it got, and what is put right before and after training."""
 
 import json
+import os
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,12 +15,13 @@ from torch.distributed.fsdp import MixedPrecision, MixedPrecisionPolicy
 from transformers import AutoModelForCausalLM
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from alignment import strategy
+from alignment import launch, strategy
 from alignment.errors import UserError
+from alignment.launch import check_launch, foreseen, launcher_processes, launcher_strategy, receives_weights
 from alignment.models import unwritten_policy
 from alignment.pipeline import Method, main
 from alignment.splits import PAIRS
-from alignment.strategy import check_launch, foreseen, launcher_processes, launcher_strategy, missing_weights
+from alignment.strategy import missing_weights
 from scripts.simpo_config import SimPOConfig
 from scripts.simpo_trainer import SimPOTrainer
 from tests import builders
@@ -98,6 +101,15 @@ def test_a_strategy_that_accelerate_would_replace_is_refused():
     assert "would silently be ddp: ACCELERATE_USE_CPU is set" in refusal(launched(), **ZERO3, ACCELERATE_USE_CPU="true")
 
 
+def test_fsdp_1_with_checkpoints_it_could_not_resume_is_refused():
+    fsdp1 = {"WORLD_SIZE": "4", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}
+    check_launch(launched(4, "MULTI_GPU"), fsdp1)
+    check_launch(launched(4, "MULTI_GPU"), {**fsdp1, "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"})
+    check_launch(launched(4, "MULTI_GPU"), {"WORLD_SIZE": "4", **FSDP2, "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"})
+    message = refusal(launched(4, "MULTI_GPU"), **fsdp1, FSDP_STATE_DICT_TYPE="SHARDED_STATE_DICT")
+    assert message.startswith("fsdp_state_dict_type = SHARDED_STATE_DICT: FSDP 1 would resume with an empty optimizer")
+
+
 @pytest.mark.parametrize("wanted", ["single", "zero2", "zero3", "fsdp1", "fsdp2"])
 def test_a_recipes_strategy_is_checked_and_the_message_names_the_config_to_launch_with(wanted):
     message = refusal(launched(strategy=wanted))
@@ -112,6 +124,36 @@ def test_the_number_of_processes_is_checked():
 def test_two_processes_that_know_nothing_of_each_other_do_not_both_train():
     # accelerate's answer to a launch of several processes on a CPU without use_cpu.
     assert "each takes itself for the only one" in refusal(launched(1, "NO"))
+
+
+@pytest.fixture
+def compiler_lock(tmp_path):
+    lock = tmp_path / "py311_cpu/operator/lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    return lock
+
+
+def test_the_lock_of_a_compiler_that_was_killed_is_deleted(compiler_lock, tmp_path):
+    long_ago = time.time() - launch.COMPILING_SECONDS
+    os.utime(compiler_lock, (long_ago, long_ago))
+    launch.outwait_compilers({"TORCH_EXTENSIONS_DIR": str(tmp_path), **FSDP2})  # compiles nothing
+    assert compiler_lock.exists()
+    launch.outwait_compilers({"TORCH_EXTENSIONS_DIR": str(tmp_path), **ZERO3})
+    assert not compiler_lock.exists()
+
+
+def test_a_compiler_at_work_is_waited_for(compiler_lock, tmp_path, monkeypatch):
+    waits = []
+
+    def sleep(seconds: float) -> None:
+        waits.append(seconds)
+        if len(waits) == 3:
+            compiler_lock.unlink()
+
+    monkeypatch.setattr(launch.time, "sleep", sleep)
+    launch.outwait_compilers({"TORCH_EXTENSIONS_DIR": str(tmp_path), **ZERO3})
+    assert waits == [1, 1, 1]
 
 
 def test_one_process_of_a_sharding_launcher_is_foreseen_as_accelerate_treats_it():
@@ -177,13 +219,13 @@ def test_a_policy_that_waits_for_its_weights_is_the_loaded_one_but_for_them(tie,
 
 def test_only_processes_that_are_sent_their_weights_leave_them_unread(monkeypatch):
     promised = {**FSDP2, "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
-    assert not strategy.receives_weights(promised)  # alone
+    assert not receives_weights(promised)  # alone
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     for rank, answer in ((0, False), (1, True)):
         monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
-        assert strategy.receives_weights(promised) is answer
-    assert not strategy.receives_weights(FSDP2)
-    assert not strategy.receives_weights(ZERO3)
+        assert receives_weights(promised) is answer
+    assert not receives_weights(FSDP2)
+    assert not receives_weights(ZERO3)
 
 
 def test_weights_without_a_tensor_are_not_taken_for_a_saved_model(tmp_path):
