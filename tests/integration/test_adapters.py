@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from alignment.adapters import keep_4bit_layout
+from alignment.adapters import keep_4bit_layout, merge_once
+from alignment.configs import ModelArguments
+from alignment.errors import UserError
+from alignment.models import find_adapter
 from alignment.pipeline import Method, main, run
 from alignment.splits import CONVERSATIONS, PAIRS
 from scripts.sft_config import SFTConfig
@@ -225,6 +229,13 @@ def test_a_merged_model_is_kept_for_the_next_start_unless_its_adapter_changed(st
     save_file({name: 2 * tensor for name, tensor in tensors.items()}, tmp_path / "sft/adapter_model.safetensors")
     run(SIMPO, [recipe])
     assert weights.stat().st_ino != first
+
+
+def test_a_machine_that_does_not_see_the_merged_model_says_so(workspace, tmp_path):
+    model_args = ModelArguments(model_name_or_path=str(workspace / "sft"))
+    args = SimpleNamespace(output_dir=str(tmp_path), process_index=1)
+    with pytest.raises(UserError, match="process 0 left no merged model here; on several machines output_dir must be"):
+        merge_once(find_adapter(model_args), tmp_path / "base", model_args, args, builders.bpe_tokenizer())
 
 
 def test_a_folder_that_is_in_the_way_of_the_merged_model_is_not_deleted(workspace, tmp_path, capsys):
