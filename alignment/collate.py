@@ -66,25 +66,24 @@ class PackedCollator:
 
 
 @dataclass(frozen=True)
-class TokenBudgetCollator:
-    """The pairs of an optimizer step -> packed micro-batches of at most `max_tokens` tokens each, in `micro_batches`.
+class RowCollator:
+    """B pairs -> {"rows": Rows}: as they are, to be divided when those of the whole optimizer step are known."""
 
-    micro_batch_pairs: the fixed count that the published SFT term averages over (see `sft_scales`).
-    """
+    def __call__(self, rows: list[Row]) -> Batch:
+        return {"rows": Rows([{**row, "sft_scale": scale} for row, scale in zip(rows, sft_scales(rows), strict=True)])}
 
-    max_tokens: int
-    micro_batch_pairs: int
-    pack: PackedCollator = PackedCollator()
 
-    def __call__(self, rows: list[Row]) -> dict[str, list[Batch]]:
-        rows = [
-            {**row, "sft_scale": scale}
-            for start in range(0, len(rows), self.micro_batch_pairs)
-            for chunk in [rows[start : start + self.micro_batch_pairs]]
-            for row, scale in zip(chunk, sft_scales(chunk), strict=True)
-        ]
-        bins = within_budget([packed_tokens(row) for row in rows], self.max_tokens)
-        return {"micro_batches": [self.pack([rows[number] for number in numbers]) for numbers in bins]}
+@dataclass(frozen=True)
+class Rows:
+    """Nothing that a data loader would look into for tensors."""
+
+    rows: list[Row]
+
+
+def token_bounded(rows: list[Row], max_tokens: int) -> list[Batch]:
+    """Packed micro-batches of at most `max_tokens` tokens each, of the pairs of an optimizer step."""
+    bins = within_budget([packed_tokens(row) for row in rows], max_tokens)
+    return [PackedCollator()([rows[number] for number in numbers]) for numbers in bins]
 
 
 def within_budget(sizes: list[int], budget: int) -> list[list[int]]:

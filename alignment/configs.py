@@ -268,7 +268,10 @@ class RunArguments:
         if self.total_train_batch_size is not None:
             self.gradient_accumulation_steps = self.total_train_batch_size // self.rows_per_forward
         start_process_group(self.ddp_timeout, os.environ, use_cpu=self.use_cpu)
+        loader_is_default = self.accelerator_config is None
         super().__post_init__()
+        if loader_is_default:  # batches are copied while the GPU computes
+            self.accelerator_config.non_blocking = self.dataloader_pin_memory
 
     def __getstate__(self) -> dict[str, Any]:
         # The Trainer pickles its arguments into checkpoints, and pushes them.
@@ -325,17 +328,12 @@ class RunArguments:
             raise UserError("train has no row left: a run on it would train nothing")
         if self.max_steps <= 0 and self.num_train_epochs <= 0:
             raise UserError(f"num_train_epochs = {self.num_train_epochs}: a run of no epoch would train nothing")
-        needed = self.rows_per_batch * self.rows_per_forward // self.per_device_train_batch_size
+        needed = self.rows_per_forward
         if self.dataloader_drop_last and rows < needed:
             raise UserError(
                 f"dataloader_drop_last = True: {rows} training rows are less than one batch of {needed} (of all processes), so "
                 "that nothing would be trained; set it to false, or per_device_train_batch_size lower"
             )
-
-    @property
-    def rows_per_batch(self) -> int:
-        """Of one process, in what its loader yields at a time."""
-        return self.per_device_train_batch_size
 
     @property
     def rows_per_forward(self) -> int:

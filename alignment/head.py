@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
@@ -43,12 +44,27 @@ def add_lm_head(model: PreTrainedModel, device_type: str) -> None:
 
     device_type: "cuda" or "cpu", where the model will be trained.
     """
+    add_chunked_lm_head(model)
     # TRL's head takes the packed batch's 4D mask for a padding mask when it balances a router's load.
     routed = getattr(model.config.get_text_config(), "output_router_logits", False)
-    if device_type == "cuda" and isinstance(model.get_output_embeddings(), nn.Linear) and not routed:
-        add_fused_lm_head(model, outputs=OUTPUTS)
-    else:
-        add_chunked_lm_head(model)
+    if device_type != "cuda" or routed or backbone(model) is not model.base_model:
+        return
+    chunked_forward = model.forward
+    add_fused_lm_head(model, outputs=OUTPUTS)
+    fused_forward = model.forward
+
+    @functools.wraps(type(model).forward)
+    def forward(self: PreTrainedModel, *args, **kwargs):
+        # Of a head with an adapter on it, TRL's would read the frozen weight alone.
+        is_plain = isinstance(self.get_output_embeddings(), nn.Linear | ModulesToSaveWrapper)
+        return (fused_forward if is_plain else chunked_forward)(*args, **kwargs)
+
+    model.forward = types.MethodType(forward, model)
+
+
+def backbone(model: PreTrainedModel) -> nn.Module:
+    """The model without its head. Llama 4's base_model_prefix names nothing, and base_model is then the model itself."""
+    return model.model if model.base_model is model else model.base_model
 
 
 def add_chunked_lm_head(model: PreTrainedModel) -> None:
@@ -61,7 +77,7 @@ def add_chunked_lm_head(model: PreTrainedModel) -> None:
         if not fused_lm_head:
             labels = {} if shift_labels is None else {"shift_labels": shift_labels}
             return plain_forward(*args, **labels, **kwargs)
-        outputs = self.base_model(*args, **kwargs, **({"output_router_logits": True} if routed else {}))
+        outputs = backbone(self)(*args, **kwargs, **({"output_router_logits": True} if routed else {}))
         scored = shift_labels != -100  # (R, T)
         logps, mean_logits = chunked_logps(
             self.get_output_embeddings(),

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.flash_attention import get_target_dtype
@@ -29,6 +29,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .errors import UserError
 
 NAME = "shared_prompt_"  # in front of the attention implementation that a model had
+BLOCK = 128  # of flex_attention
 QUERY_BLOCK = 128  # on a CPU, where a mask does not save the work that it hides: a fifth less time than whole segments
 KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 # Architectures whose packed scores a test compares with their padded ones. Others may not hand the layout on to their
@@ -174,10 +175,10 @@ def eager(query: Tensor, key: Tensor, value: Tensor, ask: Attend) -> Tensor:
 
 
 def sdpa(query: Tensor, key: Tensor, value: Tensor, ask: Attend) -> Tensor:
-    """torch's varlen attention on a GPU; a mask per segment on a CPU and in float32, which varlen does not know."""
+    """torch's varlen attention on a GPU; a mask per segment on a CPU, and where varlen does not run: old GPUs, float32."""
     if query.is_cuda and torch.is_autocast_enabled("cuda"):
         query, key, value = (x.to(torch.get_autocast_dtype("cuda")) for x in (query, key, value))
-    if not query.is_cuda or query.dtype not in (torch.bfloat16, torch.float16):
+    if not query.is_cuda or query.dtype not in (torch.bfloat16, torch.float16) or not has_flash(query.device):
         return by_segment(query, key, value, ask, attend_sdpa)
     refuse_dropout(ask)
     keys, values = (x[0].transpose(0, 1).index_select(0, ask.layout.key_index) for x in (key, value))
@@ -194,6 +195,11 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor, ask: Attend) -> Tensor:
         enable_gqa=True,
     )
     return output[None]
+
+
+def has_flash(device: torch.device) -> bool:
+    """Whether varlen attention runs: flash attention does from Ampere on, not on a V100 or T4."""
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def refuse_dropout(ask: Attend) -> None:
@@ -253,7 +259,26 @@ def block_mask(layout: SharedPrompt, window: int | None, device: torch.device) -
         near = distance >= 0 if window is None else (distance >= 0) & (distance < window)
         return near & ((owner[key] == owner[query]) | (owner[key] == reads[query]))
 
-    return create_block_mask(visible, None, None, tokens, tokens, device=device)
+    numbers = torch.arange(tokens, device=device)
+    # Block by block of queries: torch's create_block_mask holds several T x T.
+    seen = [in_blocks(visible(numbers, numbers, rows[:, None], numbers)) for rows in numbers.split(BLOCK)]
+    some, whole = (torch.stack(column) for column in zip(*seen, strict=True))  # (blocks of queries, blocks of keys)
+    return BlockMask.from_kv_blocks(
+        *listed(some & ~whole), *listed(whole), BLOCK_SIZE=BLOCK, mask_mod=visible, seq_lengths=(tokens, tokens)
+    )
+
+
+def in_blocks(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """For each block of keys, whether any is True and whether all of BLOCK x BLOCK are. mask: (at most BLOCK, T)."""
+    queries, keys = mask.shape
+    blocks = F.pad(mask, (0, -keys % BLOCK, 0, BLOCK - queries)).view(BLOCK, -1, BLOCK)
+    return blocks.any(2).any(0), blocks.all(2).all(0)
+
+
+def listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """How many blocks of keys each block of queries has, and which, those first; with axes for batch and heads."""
+    count, order = blocks.sum(-1), blocks.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
+    return count.to(torch.int32)[None, None], order.to(torch.int32)[None, None]
 
 
 def kernel_of(implementation: str) -> Kernel | None:
@@ -333,6 +358,8 @@ def why_not(model: PreTrainedModel) -> str | None:
     implementation = config._attn_implementation
     if implementation.startswith(NAME):
         return None
+    if not type(model).__module__.startswith("transformers."):
+        return f"{type(model).__name__} has its own code, which may know nothing of transformers' attention"
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv1d) or hasattr(module, "A_log"):
             return f"{name} ({type(module).__name__}) mixes tokens outside attention"
@@ -360,3 +387,5 @@ def use_shared_prompts(model: PreTrainedModel) -> None:
     AttentionInterface.register(name, attention(implementation, kernel_of(implementation)))
     AttentionMaskInterface.register(name, mask)
     model.set_attn_implementation(name)
+    if model.config.get_text_config()._attn_implementation != name:  # transformers only warns
+        raise ValueError(f"{type(model).__name__} does not let its attention be chosen")

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
-from transformers import PreTrainedConfig
-from trl.trainer.utils import compute_flops_per_token, get_peak_flops
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from trl.trainer.utils import get_peak_flops
 
 
 @dataclass(frozen=True)
@@ -20,10 +22,14 @@ class TokenCounts:
 
 
 class Throughput:
-    """Tokens and seconds since the last log. Seconds run from the first micro-batch of a step to the end of the step."""
+    """Tokens and seconds since the last log. Seconds run from the first micro-batch of a step to the end of the step.
 
-    def __init__(self, config: PreTrainedConfig, trainable_share: float, device: torch.device):
-        self.step_flops = None if hasattr(config, "num_experts_per_tok") else dense_flops(config, trainable_share)
+    step_flops: see `dense_flops`. is_packed: whether batches hold each distinct token once.
+    """
+
+    def __init__(self, step_flops: tuple[float, float] | None, device: torch.device, *, is_packed: bool):
+        self.step_flops = step_flops
+        self.is_packed = is_packed
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
         self.peak_flops = get_peak_flops(name, "bfloat16") if name else None
         self.device = device
@@ -58,25 +64,38 @@ class Throughput:
         per_second = distinct / seconds  # of one process, on average
         figures = {
             "tokens_per_second": per_second * accelerator.num_processes,
-            "tokens_saved": 1 - distinct / padded,
             "peak_memory_gb": peak_memory_gb(self.device),
         }
+        if self.is_packed:
+            figures["tokens_saved"] = 1 - distinct / padded
         if self.peak_flops and self.step_flops:
             body, head = self.step_flops
             figures["mfu"] = per_second * (body + head * scored / distinct) / self.peak_flops
         return figures
 
 
-def dense_flops(config: PreTrainedConfig, trainable_share: float) -> tuple[float, float]:
+def dense_flops(model: PreTrainedModel, trainable_share: float) -> tuple[float, float] | None:
     """Floating-point operations of a training step per token in the layers, and per scored token in the head.
 
-    Forward, gradient of activations, and gradient of the trained share of weights; attention scores and recomputation
-    are left out, so the utilization that follows is a lower bound.
+    Forward, gradient of activations, and gradient of the trained share of weights, for every matrix of the model; attention
+    scores and recomputation are left out, so the utilization that follows is a lower bound. None for a mixture of experts,
+    which uses some of its weights only, and for convolutions.
     """
-    forward = compute_flops_per_token(config, seq_len=0) / 3
-    head = 2 * config.vocab_size * config.hidden_size
-    passes = 2 + trainable_share
-    return passes * (forward - head), passes * head
+    shapes = [getattr(parameter, "ds_shape", parameter.shape) for parameter in model.parameters()]  # ds_shape under ZeRO-3
+    if hasattr(model.config.get_text_config(), "num_experts_per_tok") or any(len(shape) > 2 for shape in shapes):
+        return None
+    # Of a module that an adapter saves whole, the original is idle.
+    used = [module for name, module in model.named_modules() if "original_module" not in name]
+    head = set(model.get_output_embeddings().modules())
+    operations = 2 * (2 + trainable_share)
+    return tuple(operations * sum(matrix_size(module) for module in used if (module in head) is side) for side in (False, True))
+
+
+def matrix_size(module: nn.Module) -> int:
+    """Weights of a linear layer, however they are stored; 0 for any other module."""
+    if isinstance(module, nn.Linear):
+        return module.in_features * module.out_features
+    return module.nx * module.nf if isinstance(module, Conv1D) else 0
 
 
 def peak_memory_gb(device: torch.device) -> float:

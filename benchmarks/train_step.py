@@ -278,6 +278,10 @@ def padded_tokens(rows: list[Row]) -> int:
     return PackedCollator()(rows)["token_counts"].padded
 
 
+def distinct_tokens(rows: list[Row]) -> int:
+    return PackedCollator()(rows)["token_counts"].distinct
+
+
 def collator_seconds(micro_batches: list[list[Row]], times: int = 20) -> float:
     collate = PackedCollator()
     passed, _ = timed(torch.device("cpu"), lambda: [collate(rows) for rows in micro_batches * times])
@@ -309,7 +313,9 @@ def main() -> None:
             own = twin(model, checkpointing=args.gradient_checkpointing)
             losses[name] = CONTENDERS[name](Setup(own, tokenizer, device, folder))
         if args.only:
-            train(model, losses[args.only], [max(micro_batches, key=padded_tokens)])
+            train(
+                model, losses[args.only], [max(micro_batches, key=distinct_tokens if args.only == "packed" else padded_tokens)]
+            )
             print(json.dumps(peak_memory_gb(device)))
             return
         seconds = take_turns(model, losses, micro_batches, args)
@@ -361,7 +367,7 @@ def report_packed(model: PreTrainedModel, micro_batches: list[list[Row]], second
     """How far `seconds` for the forward and backward of all micro-batches is from what their tokens must cost."""
     share = collator_seconds(micro_batches) / seconds
     print(f"packed collator and layout: {share:.2%} of a step{'' if share < 0.02 else ', more than the 2 % it may take'}")
-    body, head = dense_flops(model.config, trainable_share=1.0)
+    body, head = dense_flops(model, trainable_share=1.0)
     flops, rate = body * distinct + head * scored, matmul_rate(model.device, model.dtype)
     print(
         f"floor: {flops / rate / sum(map(len, micro_batches)):.3f} s per pair, the FLOPs of the distinct tokens at the "

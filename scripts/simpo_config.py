@@ -101,11 +101,6 @@ class SimPOConfig(RunArguments, TrainingArguments):
         return problems
 
     @property
-    def rows_per_batch(self) -> int:
-        whole_step = self.max_tokens_per_micro_batch is not None  # the loader then yields a step's pairs, to be divided
-        return self.per_device_train_batch_size * (self.gradient_accumulation_steps if whole_step else 1)
-
-    @property
     def length_limit(self) -> int:
         """max_length, or the published default for a recipe that names none."""
         return 512 if self.max_length is None else self.max_length

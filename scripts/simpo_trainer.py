@@ -2,12 +2,12 @@
 
 import logging
 from contextlib import nullcontext
-from copy import copy
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from alignment.adapters import add_adapter
 from alignment.card import simpo_card
 from alignment.chat import TEXT_COLUMNS
-from alignment.collate import Batch, PackedCollator, PaddedCollator, TokenBudgetCollator
+from alignment.collate import Batch, PackedCollator, PaddedCollator, RowCollator, token_bounded
 from alignment.durable import DurableTrainer
 from alignment.errors import UserError
 from alignment.guards import GuardedSteps, NonFiniteStep
@@ -28,7 +28,7 @@ from alignment.metrics import RunningMeans
 from alignment.models import disable_dropout, load_policy, parameter_dtype
 from alignment.prepare import longest_pair, to_tokens
 from alignment.shared_prompt import use_shared_prompts, why_not
-from alignment.throughput import Throughput
+from alignment.throughput import Throughput, dense_flops
 from alignment.tokenization import SIDES, TOKEN_COLUMNS, LengthRules, tokenize_pairs
 
 from .simpo_config import SimPOConfig
@@ -111,13 +111,8 @@ class SimPOTrainer(GuardedSteps, DurableTrainer):
             logger.info("Dropout off: %s", ", ".join(switched_off))
         padding = args.padding_value if args.padding_value is not None else processing_class.pad_token_id
         collator = PackedCollator() if packs(policy, args.pair_layout) else PaddedCollator(pad_token_id=padding)
-        args = copy(args)
-        self.step_micro_batches = args.gradient_accumulation_steps
         if args.max_tokens_per_micro_batch is not None:
             check_token_budget(args.max_tokens_per_micro_batch, collator, train_dataset)
-            # The loader then yields whole steps, which TokenBudgetCollator divides.
-            args.per_device_train_batch_size *= args.gradient_accumulation_steps
-            args.gradient_accumulation_steps = 1
         super().__init__(
             model=model,
             args=args,
@@ -129,7 +124,8 @@ class SimPOTrainer(GuardedSteps, DurableTrainer):
             **kwargs,
         )
         self.policy_config = policy.config.get_text_config()
-        self.throughput = Throughput(self.policy_config, trainable_share(self.model), args.device)
+        is_packed = isinstance(collator, PackedCollator)
+        self.throughput = Throughput(dense_flops(policy, trainable_share(self.model)), args.device, is_packed=is_packed)
         self.add_callback(StepClock(self.throughput))
         if hasattr(self.model, "add_model_tags"):
             self.model.add_model_tags(list(self._tag_names))
@@ -211,21 +207,28 @@ class SimPOTrainer(GuardedSteps, DurableTrainer):
     # ---- Steps ----
 
     def get_train_dataloader(self) -> DataLoader:
-        """Batches of a fixed number of pairs, or with max_tokens_per_micro_batch, a whole step's pairs, divided by tokens."""
+        """Batches of a fixed number of pairs; with max_tokens_per_micro_batch their rows, which `get_batch_samples` divides."""
         collator = self.data_collator
         if self.args.max_tokens_per_micro_batch is not None:
-            pairs = self.args.per_device_train_batch_size // self.step_micro_batches
-            self.data_collator = TokenBudgetCollator(self.args.max_tokens_per_micro_batch, pairs)
+            self.data_collator = RowCollator()
         try:
             return super().get_train_dataloader()
         finally:
             self.data_collator = collator
 
     def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device) -> tuple[list, StepSize | None]:
-        """The micro-batches of one optimizer step, and how many pairs they are on all processes."""
+        """The micro-batches of one optimizer step, and how many pairs they are on all processes.
+
+        Divided by tokens, the last sample has them all in `micro_batches`; the others, which the Trainer counts, have none.
+        """
         samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.step_sums.clear()
         self.throughput.start_step()
+        if samples and self.args.max_tokens_per_micro_batch is not None:
+            rows = [row for sample in samples for row in sample["rows"].rows]
+            divided = token_bounded(rows, self.args.max_tokens_per_micro_batch)
+            empty: list[Batch] = [{"micro_batches": []} for _ in samples[1:]]
+            samples = [*empty, {"micro_batches": send_to_device(divided, device)}]
         batches = [batch for sample in samples for batch in micro_batches(sample)]
         self.throughput.counts += [batch["token_counts"] for batch in batches]
         return samples, self.step_size(batches) if batches else None
@@ -241,6 +244,8 @@ class SimPOTrainer(GuardedSteps, DurableTrainer):
         if "micro_batches" not in inputs:
             return super().training_step(model, inputs, num_items_in_batch)
         batches = inputs["micro_batches"]
+        if not batches:
+            return torch.zeros((), device=self.args.device)
         # A process with fewer micro-batches repeats its last one without weight: collectives come in equal numbers.
         rounds = int(self.accelerator.gather(torch.tensor([len(batches)], device=self.args.device)).max())
         losses = []

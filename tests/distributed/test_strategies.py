@@ -56,6 +56,12 @@ RUNS = {
     "qlora": [*LORA, "--load_in_4bit=true", "--bnb_4bit_quant_storage=float32"],  # the type that FSDP can shard
     "from an adapter": [*LORA, "--model_name_or_path={folder}/sft"],
 }
+# Ten pairs in steps of eight.
+TEN_PAIRS = ['--dataset_mixer={{"{folder}/pairs": 10}}', "--do_eval=false", "--eval_strategy=no"]
+INCOMPLETE = {
+    "ten pairs": [*TEN_PAIRS, "--pair_layout=packed"],
+    "ten pairs by tokens": [*TEN_PAIRS, "--max_tokens_per_micro_batch=300"],
+}
 # What the launcher says about checkpoints; the end has to be whole all the same.
 LEFT_IN_SHARDS = {
     "zero3": {"ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "false"},
@@ -80,6 +86,8 @@ def jobs_of(strategy: str, recipe: Path, folder: Path) -> dict[str, dict[str, An
         resumed = name.replace("whole", "resumed")
         again = {"source": str(folder / name), "target": str(folder / resumed), "step": 2}
         jobs |= {name: job(name, *options, *SAVING), resumed: job(resumed, *options, *SAVING, rewind=again)}
+    if strategy == "ddp":
+        jobs |= {name: job(name, *options) for name, options in INCOMPLETE.items()}
     if strategy in LEFT_IN_SHARDS:
         sharded = {"environment": LEFT_IN_SHARDS[strategy]}
         jobs["sharded"] = job("sharded", "--pair_layout=packed", **sharded)
@@ -127,6 +135,13 @@ def test_two_processes_match_one(name, strategy, launched, one_process):
             assert comparable(other) == pytest.approx(comparable(mine), rel=1e-5, abs=2e-6)
     weights = "adapter_model.safetensors" if "--use_peft=true" in RUNS[name] else "model.safetensors"
     assert_close(load_file(two / weights), load_file(one / weights), rtol=1e-5, atol=1e-6)
+
+
+def test_an_incomplete_last_step_has_the_same_pairs_when_it_is_divided_by_tokens(launched):
+    fixed, by_tokens = (records(launched("ddp").folder / name, "loss") for name in INCOMPLETE)
+    assert len(fixed) == 2
+    for mine, other in zip(fixed, by_tokens, strict=True):
+        assert comparable(other) == pytest.approx(comparable(mine), rel=1e-5, abs=2e-6)
 
 
 def comparable(record: dict[str, float]) -> dict[str, float]:

@@ -169,7 +169,7 @@ def test_the_total_batch_size_sets_the_accumulation_for_the_processes_that_were_
     monkeypatch.setenv("WORLD_SIZE", str(processes))
     # What accelerate would wait for in a real launch; this process is alone.
     monkeypatch.setattr("transformers.TrainingArguments.__post_init__", lambda self: None)
-    config = simpo(total_train_batch_size=128, per_device_train_batch_size=2)
+    config = simpo(total_train_batch_size=128, per_device_train_batch_size=2, accelerator_config={})
     assert config.gradient_accumulation_steps * 2 * processes == 128
 
 

@@ -127,6 +127,8 @@ def test_scores_and_gradients_are_those_of_trls_head(kind):
     torch.testing.assert_close(gradients(ours, logps), gradients(theirs, trl_logps.where(scored, 0)), rtol=1e-4, atol=1e-4)
 
 
+# On CUDA TRL's head, which computes in float32, and without a GPU too.
+@pytest.mark.parametrize(("device", "dtype", "atol"), [("cpu", torch.float64, 1e-9), ("cuda", torch.float32, 2e-5)])
 @pytest.mark.parametrize("kind", ["llama", "gemma2"])
 @pytest.mark.parametrize(
     "lora",
@@ -137,11 +139,11 @@ def test_scores_and_gradients_are_those_of_trls_head(kind):
     ],
     ids=["adapter on the head", "head trained whole", "frozen head"],
 )
-def test_an_adapted_model_scores_as_its_own_logits_do(kind, lora):
-    model = tiny_model(kind, dtype=torch.float64)
-    add_lm_head(model, "cpu")
+def test_an_adapted_model_scores_as_its_own_logits_do(kind, lora, device, dtype, atol):
+    model = tiny_model(kind, dtype=dtype)
+    add_lm_head(model, device)
     adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, **lora))
-    assert_same_scores_and_gradients(adapted, scored_batch(), rtol=0, atol=1e-9)
+    assert_same_scores_and_gradients(adapted, scored_batch(), rtol=0, atol=atol)
 
 
 def test_a_mixture_of_experts_scores_as_its_logits_do():

@@ -23,6 +23,7 @@ from transformers import (
     FalconConfig,
     GptOssConfig,
     Llama4TextConfig,
+    LlamaForCausalLM,
     MambaConfig,
     NemotronConfig,
     PhimoeConfig,
@@ -34,8 +35,10 @@ from transformers import (
 from transformers.integrations import flex_attention as transformers_flex
 
 from alignment import shared_prompt
-from alignment.collate import PackedCollator
+from alignment.collate import PackedCollator, PaddedCollator
 from alignment.errors import UserError
+from alignment.head import add_lm_head
+from alignment.losses import response_sums
 from alignment.shared_prompt import (
     Attend,
     SharedPrompt,
@@ -50,6 +53,7 @@ from alignment.shared_prompt import (
     use_shared_prompts,
     why_not,
 )
+from tests import reference
 from tests.builders import SIZES, VOCABULARY, tiny_model, token_rows
 
 Lengths = list[tuple[int, int, int]]
@@ -124,6 +128,19 @@ def test_the_block_mask_is_the_union_of_the_segments_masks(lengths, window):
     mask = block_mask(shared_prompt_layout(lengths), window, torch.device("cpu"))
     seen = flex_attention.create_mask(mask.mask_mod, None, None, tokens, tokens, device="cpu")
     assert torch.equal(seen[0, 0], dense_mask(lengths, window))
+
+
+@pytest.mark.parametrize("window", [None, 40])
+def test_the_block_mask_has_the_blocks_that_torch_would_find(window):
+    lengths = [(150, 100, 60), (10, 200, 40), (0, 300, 290)]
+    ours = block_mask(shared_prompt_layout(lengths), window, torch.device("cpu"))
+    theirs = flex_attention.create_block_mask(ours.mask_mod, None, None, 1150, 1150, device="cpu")
+    for kind in ("kv", "full_kv", "q", "full_q"):
+        counts, indices = (getattr(ours, f"{kind}_{name}") for name in ("num_blocks", "indices"))
+        assert torch.equal(counts, getattr(theirs, f"{kind}_num_blocks"))
+        for row, count in enumerate(counts[0, 0].tolist()):
+            assert torch.equal(indices[0, 0, row, :count], getattr(theirs, f"{kind}_indices")[0, 0, row, :count])
+    assert (ours.full_kv_num_blocks.sum() > 0) == (window is None)
 
 
 @pytest.mark.parametrize("window", [None, 40])
@@ -341,6 +358,12 @@ class SaysCuda(Tensor):
     is_cuda = property(lambda self: True)
 
 
+@pytest.fixture
+def ampere(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+
+
+@pytest.mark.usefixtures("ampere")
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sdpa_on_a_gpu_hands_varlen_attention_the_gathered_keys(window, dtype, monkeypatch):
@@ -368,7 +391,8 @@ def cuda_autocast():
     torch.set_autocast_dtype("cuda", torch.float16)
 
 
-def test_sdpa_on_a_gpu_computes_in_the_dtype_of_its_autocast(cuda_autocast, monkeypatch):
+@pytest.mark.usefixtures("ampere", "cuda_autocast")
+def test_sdpa_on_a_gpu_computes_in_the_dtype_of_its_autocast(monkeypatch):
     dtypes = []
 
     def varlen_attn(query, key, value, *args, **kwargs) -> Tensor:
@@ -379,6 +403,15 @@ def test_sdpa_on_a_gpu_computes_in_the_dtype_of_its_autocast(cuda_autocast, monk
     heads = [x.detach().as_subclass(SaysCuda) for x in random_heads(sum(map(sum, LENGTHS)), torch.float32)]
     sdpa(*heads, ask_of(shared_prompt_layout(LENGTHS)))
     assert dtypes == [torch.bfloat16] * 3
+
+
+def test_sdpa_on_a_gpu_without_flash_attention_masks_each_segment(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(shared_prompt, "varlen_attn", None)
+    heads = [x.detach() for x in random_heads(sum(map(sum, LENGTHS)), torch.float16)]
+    ask = ask_of(shared_prompt_layout(LENGTHS))
+    output = sdpa(*(x.as_subclass(SaysCuda) for x in heads), ask).as_subclass(Tensor)
+    torch.testing.assert_close(output, sdpa(*heads, ask), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("kernel", [sdpa, eager])
@@ -489,7 +522,7 @@ MAMBA2 = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_expand": 2, "mamba_n_gro
 LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
 
 
-@pytest.mark.parametrize(
+each_that_cannot = pytest.mark.parametrize(
     ("config_type", "own", "culprit"),
     [
         (MambaConfig, {}, "mixer (MambaMixer)"),
@@ -506,6 +539,9 @@ LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_he
     ],
     ids=lambda value: value.__name__ if isinstance(value, type) else "",
 )
+
+
+@each_that_cannot
 def test_a_model_that_cannot_share_prompts_is_refused_with_the_reason(config_type, own, culprit):
     model = random_model(config_type, **own)
     assert culprit in why_not(model)
@@ -513,9 +549,36 @@ def test_a_model_that_cannot_share_prompts_is_refused_with_the_reason(config_typ
         use_shared_prompts(model)
 
 
+@each_that_cannot
+def test_a_model_that_cannot_share_prompts_is_scored_in_padded_rows(config_type, own, culprit):
+    model = random_model(config_type, **own)
+    rows = token_rows([(5, 3, 9), (2, 12, 4)])
+    expected = torch.cat(reference.mean_logps(model, rows))
+    add_lm_head(model, "cpu")
+    batch = PaddedCollator(pad_token_id=0)(rows)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "shift_labels")}
+    logps, tokens = response_sums(model(**inputs, use_cache=False, fused_lm_head=True).log_probs, batch["is_response"])
+    torch.testing.assert_close(logps / tokens, expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2", "qwen2", "phi", "granite", "cohere", "mixtral"])
 def test_a_model_that_can_share_prompts_is_not_refused(kind):
     assert why_not(tiny_model(kind)) is None
+
+
+class OwnLlama(LlamaForCausalLM):
+    """As a model with remote code: an architecture's name, and code that nobody here has seen."""
+
+
+def test_a_model_with_its_own_code_is_refused_whatever_it_calls_itself():
+    model = OwnLlama(tiny_model().config)
+    assert why_not(model) == "OwnLlama has its own code, which may know nothing of transformers' attention"
+
+
+def test_an_attention_that_cannot_be_chosen_is_an_error_and_not_a_silent_full_attention(monkeypatch):
+    monkeypatch.setattr(PreTrainedModel, "set_attn_implementation", lambda *_: None)  # as transformers: it only warns
+    with pytest.raises(ValueError, match="LlamaForCausalLM does not let its attention be chosen"):
+        use_shared_prompts(tiny_model())
 
 
 def test_an_attention_that_is_not_known_is_refused_by_its_name():
@@ -582,6 +645,7 @@ def test_flex_attention_refuses_dropout():
         flex(*random_heads(sum(map(sum, LENGTHS))), ask)
 
 
+@pytest.mark.usefixtures("ampere")
 def test_sdpa_on_a_gpu_refuses_dropout():
     heads = [x.detach().as_subclass(SaysCuda) for x in random_heads(sum(map(sum, LENGTHS)), torch.bfloat16)]
     with pytest.raises(UserError, match="disable_dropout: true"):

@@ -3,10 +3,10 @@
 import pytest
 import torch
 from accelerate import Accelerator
-from transformers import LlamaConfig
+from peft import LoraConfig, get_peft_model
 
 from alignment.throughput import Throughput, TokenCounts, dense_flops
-from tests.builders import SIZES, tiny_model
+from tests.builders import tiny_model
 
 CPU = torch.device("cpu")
 
@@ -21,7 +21,7 @@ def clock(monkeypatch) -> list[float]:
 
 def test_tokens_per_second_are_distinct_tokens_over_the_seconds_within_steps(clock):
     clock += [0.0, 10.0, 12.0, 100.0, 103.0]  # made; a step of 2 s; 88 s of something else; a step of 3 s
-    throughput = Throughput(LlamaConfig(**SIZES), 1.0, CPU)
+    throughput = Throughput((200.0, 50.0), CPU, is_packed=True)
     for counts in (TokenCounts(distinct=60, padded=100, scored=40), TokenCounts(distinct=40, padded=100, scored=30)):
         throughput.start_step()
         throughput.counts.append(counts)
@@ -34,9 +34,20 @@ def test_tokens_per_second_are_distinct_tokens_over_the_seconds_within_steps(clo
     assert throughput.flush(Accelerator(cpu=True)) == {}
 
 
+def test_padded_batches_save_nothing(clock):
+    clock += [0.0, 0.0, 1.0]
+    throughput = Throughput(None, CPU, is_packed=False)
+    throughput.start_step()
+    throughput.counts.append(TokenCounts(distinct=60, padded=100, scored=40))
+    throughput.end_step()
+    figures = throughput.flush(Accelerator(cpu=True))
+    assert figures["tokens_per_second"] == 60
+    assert "tokens_saved" not in figures
+
+
 def test_utilization_is_the_work_of_distinct_and_scored_tokens_over_the_device_s_peak(clock):
     clock += [0.0, 0.0, 2.0]
-    throughput = Throughput(LlamaConfig(**SIZES), 1.0, CPU)
+    throughput = Throughput((200.0, 50.0), CPU, is_packed=True)
     throughput.peak_flops = 1e6
     throughput.start_step()
     throughput.counts.append(TokenCounts(distinct=10, padded=20, scored=4))
@@ -46,10 +57,27 @@ def test_utilization_is_the_work_of_distinct_and_scored_tokens_over_the_device_s
 
 
 @pytest.mark.parametrize(("share", "passes"), [(1.0, 3), (0.0, 2)], ids=["whole model", "frozen model"])
-def test_a_step_costs_two_operations_a_weight_and_pass(share, passes):
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt2", "phi"])
+def test_a_step_costs_two_operations_a_weight_and_pass(kind, share, passes):
     """Each weight of a matrix is one multiplication and one addition per token: forward, and once or twice backward."""
-    model = tiny_model()
-    body, head = dense_flops(model.config, share)
-    layers = sum(p.numel() for name, p in model.named_parameters() if "_proj" in name)
+    model = tiny_model(kind)
+    body, head = dense_flops(model, share)
+    tables = ("embed_tokens", "wte", "wpe", "lm_head")
+    layers = sum(
+        p.numel() for name, p in model.named_parameters() if p.ndim == 2 and not any(table in name for table in tables)
+    )
     assert body == pytest.approx(passes * 2 * layers)
-    assert head == pytest.approx(passes * 2 * model.lm_head.weight.numel())
+    assert head == pytest.approx(passes * 2 * model.get_output_embeddings().weight.numel())
+
+
+def test_an_adapters_own_weights_count_and_a_layer_that_it_replaces_does_not():
+    model, plain = tiny_model(), tiny_model()
+    get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["up_proj"]))
+    (body, head), (plain_body, plain_head) = dense_flops(model, 1.0), dense_flops(plain, 1.0)
+    adapter = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
+    assert (body, head) == (plain_body + 6 * adapter, plain_head)
+
+
+@pytest.mark.parametrize("kind", ["mixtral"])
+def test_nothing_is_said_of_a_model_that_uses_some_of_its_weights_for_a_token(kind):
+    assert dense_flops(tiny_model(kind), 1.0) is None

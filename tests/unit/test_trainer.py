@@ -10,7 +10,19 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BloomConfig,
+    FalconConfig,
+    GPT2Config,
+    GPTJConfig,
+    GPTNeoXConfig,
+    MambaConfig,
+    MptConfig,
+    OPTConfig,
+    PreTrainedModel,
+)
 
 from alignment.collate import PaddedCollator
 from alignment.errors import TrainingStopped, UserError
@@ -19,7 +31,7 @@ from alignment.prepare import to_tokens
 from scripts.simpo_config import SimPOConfig
 from scripts.simpo_trainer import SimPOTrainer
 from tests import reference
-from tests.builders import bpe_tokenizer, text_rows, tiny_model, token_rows
+from tests.builders import VOCABULARY, bpe_tokenizer, text_rows, tiny_model, token_rows
 
 LENGTHS = [(5, 3, 9), (2, 12, 4), (1, 1, 1), (9, 6, 6), (4, 20, 2), (3, 2, 15), (7, 8, 1), (6, 5, 5)]
 ROWS = token_rows(LENGTHS)
@@ -155,6 +167,13 @@ def test_pairs_of_the_last_incomplete_window_weigh_the_same(build, split):
 
 
 @pytest.mark.parametrize("budget", [None, 40])
+def test_what_drop_last_drops_is_a_micro_batch_however_the_step_is_divided(build, budget):
+    split = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_tokens_per_micro_batch": budget}
+    trainer = build(double(), ROWS[:7], dataloader_drop_last=True, **split)
+    torch.testing.assert_close(trained(trainer), plain_sgd(double(), [ROWS[:4], ROWS[4:6]]), **ROUNDING)
+
+
+@pytest.mark.parametrize("budget", [None, 40])
 def test_published_mode_averages_the_cross_entropy_of_each_micro_batch(build, budget):
     """Of those that the recipe counts in pairs, even where they are divided by tokens."""
     split = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_tokens_per_micro_batch": budget}
@@ -162,6 +181,42 @@ def test_published_mode_averages_the_cross_entropy_of_each_micro_batch(build, bu
     halves = [reference.simpo_step_loss(double(), rows, **LOSS, sft_weight=0.3).item() for rows in (ROWS[:4], ROWS[4:])]
     trainer.train()
     assert training_records(trainer)[0]["loss"] == pytest.approx(sum(halves) / 2, abs=1e-6)
+
+
+# In their own words: the sizes of tests/builders.py would give each config fields that real ones lack.
+NATURAL = [
+    GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=VOCABULARY),
+    GPTJConfig(n_embd=32, n_layer=2, n_head=4, rotary_dim=4, vocab_size=VOCABULARY),
+    GPTNeoXConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, vocab_size=VOCABULARY),
+    OPTConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=64, word_embed_proj_dim=32, vocab_size=VOCABULARY
+    ),
+    BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=VOCABULARY),
+    FalconConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, vocab_size=VOCABULARY),
+    MptConfig(d_model=32, n_layers=2, n_heads=4, vocab_size=VOCABULARY),
+    MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=VOCABULARY),
+]
+
+
+@pytest.mark.parametrize("layout", ["auto", "padded"])
+@pytest.mark.parametrize("config", NATURAL, ids=lambda config: config.model_type)
+def test_an_architecture_that_names_its_sizes_otherwise_trains_all_the_same(build, config, layout):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    loss = reference.simpo_step_loss(model, ROWS, **LOSS).item()
+    trainer = build(model, pair_layout=layout)
+    trainer.train()
+    assert training_records(trainer)[0]["loss"] == pytest.approx(loss, abs=1e-4)
+
+
+def test_batches_are_copied_to_the_device_while_it_computes(build):
+    """From pinned memory, which transformers switches off where a CPU is asked for."""
+    loaders = {use_cpu: build(use_cpu=use_cpu).get_train_dataloader() for use_cpu in (True, False)}
+    assert {use_cpu: (loader._non_blocking, loader.pin_memory) for use_cpu, loader in loaders.items()} == {
+        True: (False, False),
+        False: (True, True),
+    }
+    assert build(use_cpu=False, accelerator_config={"non_blocking": False}).get_train_dataloader()._non_blocking is False
 
 
 def test_a_mixture_of_experts_adds_its_load_balancing_loss(build):
