@@ -277,11 +277,6 @@ class RunArguments:
         # The Trainer pickles its arguments into checkpoints, and pushes them.
         return {**self.__dict__, "hub_token": None}
 
-    def __copy__(self) -> "RunArguments":
-        twin = object.__new__(type(self))
-        twin.__dict__.update(self.__dict__)
-        return twin
-
     def problems(self) -> list[Problem]:
         """What is wrong with the method's own fields; each method adds its own."""
         problems = choice_problem(self, "preprocessing", PREPROCESSING_MODES)
