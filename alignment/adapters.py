@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 MERGED_BASE = "base"  # in the run folder: the model that an SFT adapter was merged into, and that a new adapter belongs to
 MERGED_FROM = "merged_from.json"
 MERGE_LOCK = "_run/merging.lock"
+SAMPLES, SAMPLE_BYTES = 64, 2**16  # of a weights file, to tell it from another
 EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "embed_out", "embed_in", "word_embeddings")
 
 
@@ -261,6 +262,27 @@ def trained_base(model_args: ModelArguments, args: TrainingArguments) -> Source:
     if continues(model_args, check_model_path(model_args)):
         return pinned(adapter.base)
     return pinned(Source(str(merged_base_folder(args)), None))
+
+
+def base_identity(trainer: Trainer, model_args: ModelArguments) -> str | None:
+    """Which weights a trained adapter belongs to: a commit of the Hub, or a folder's fingerprint. None for a whole model."""
+    if not isinstance(trainer.model, PeftModel):
+        return None
+    base = trained_base(model_args, trainer.args)
+    return base.revision or weights_fingerprint(Path(base.name))
+
+
+def weights_fingerprint(folder: Path) -> str:
+    """A hash of the size of every weights file and of samples all over it, which no training leaves as they were."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as file:
+            for number in range(SAMPLES):
+                file.seek(size * number // SAMPLES)
+                digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()
 
 
 def provenance(model_args: ModelArguments) -> dict[str, Any]:

@@ -24,7 +24,12 @@ MANIFEST = "manifest.json"
 RECIPE_FILE = "recipe.yaml"
 STAGING = "_run/staging"  # where a checkpoint is written: a name that no pattern of transformers takes for one, or pushes
 REPLACED = "replaced-"
-SET_ASIDE = "_run/earlier"  # where checkpoints go that a fresh start finds
+SET_ASIDE = "_run/earlier"  # where a fresh start puts what it finds: checkpoints, and the end of another run
+# What a run ends with, beside what every run writes anew. An adapter left beside a whole model would be loaded on top of it.
+END_FILES = (
+    "*.safetensors", "*.safetensors.index.json", "adapter_config.json", "config.json", "shards", "*_results.json",
+    "eval_pairs.jsonl", "curves.png", "_run/status.json",
+)  # fmt: skip
 # Keys that leave the trained weights alone; anything else that differs makes another run.
 HARMLESS = (
     "logging_", "log_", "save_", "on_save_failure", "hub_", "push_to_hub", "report_to", "run_name", "disable_tqdm",
@@ -48,6 +53,7 @@ class Identity(NamedTuple):
     run_id: str
     recipe: str  # YAML of every field, without secrets
     data: str  # SHA-256 of the tokens that are trained on
+    base: str | None  # of an adapter: which weights it is trained on
     strategy: str  # see alignment.durable.layout
     processes: int
     rows_per_step: int
@@ -126,11 +132,27 @@ def undo_replacement(output_dir: Path) -> None:
 
 def set_aside(checkpoint: Path) -> Path:
     """Move a checkpoint to where no run finds or deletes it. Returns its new place."""
-    folder = checkpoint.parent / SET_ASIDE
+    return checkpoint.rename(free_name(checkpoint.parent, checkpoint.name))
+
+
+def free_name(output_dir: Path, name: str) -> Path:
+    """A path among what is set aside that nothing has yet."""
+    folder = output_dir / SET_ASIDE
     folder.mkdir(parents=True, exist_ok=True)
-    taken = [int(path.suffix[1:]) for path in folder.glob(f"{checkpoint.name}.*")]
-    number = 1 + max(taken, default=0)
-    return checkpoint.rename(folder / f"{checkpoint.name}.{number}")
+    taken = [int(path.suffix[1:]) for path in folder.glob(f"{name}.*")]
+    return folder / f"{name}.{1 + max(taken, default=0)}"
+
+
+def set_aside_end(output_dir: Path) -> Path | None:
+    """Move what a run ended with, so that it does not mix with the end of the next. Returns its new place, if there was any."""
+    files = [path for pattern in END_FILES for path in sorted(output_dir.glob(pattern))]
+    if not files:
+        return None
+    folder = free_name(output_dir, "end")
+    folder.mkdir()
+    for path in files:
+        path.rename(folder / path.name)
+    return folder
 
 
 def prune(output_dir: Path, keep: int | None, run_id: str | None, best: str | None) -> None:
@@ -277,6 +299,7 @@ def resumable(path: Path) -> Checkpoint:
 # ---- Choosing ----
 
 AFRESH = ("never", "false", "False")
+AUTOMATIC = (None, "auto", "true", "True")
 
 
 def checkpoint_to_resume(output_dir: Path, choice: str | None, *, trust: bool = False) -> Checkpoint | None:
@@ -289,12 +312,18 @@ def checkpoint_to_resume(output_dir: Path, choice: str | None, *, trust: bool = 
     if choice in AFRESH:
         for path in numbered(output_dir).values():
             logger.info("%s set aside as %s.", path.name, set_aside(path))
+        if (place := set_aside_end(output_dir)) is not None:
+            logger.info("What the run before ended with is set aside in %s.", place)
         return None
-    is_automatic = choice in (None, "auto", "true", "True")
-    checkpoint = newest_whole(output_dir) if is_automatic else named_checkpoint(Path(choice), trust)
+    checkpoint = newest_whole(output_dir) if choice in AUTOMATIC else named_checkpoint(Path(choice), trust)
     if checkpoint is not None and not trust:
         refuse_foreign_code(checkpoint.path)
     return checkpoint
+
+
+def choice_of_attempt(choice: str | None, output_dir: Path, restarts: int) -> str | None:
+    """What resume_from_checkpoint means to a run that its launcher has restarted: not to lose what the first attempt saved."""
+    return None if restarts and numbered(output_dir) else choice
 
 
 def named_checkpoint(path: Path, trust: bool) -> Checkpoint:
@@ -353,6 +382,16 @@ def refuse_other_data(checkpoint: Checkpoint, data: str) -> None:
         raise UserError(
             f"{checkpoint.path} was made with other data: the recipe names the same sources, but the training rows or their "
             f"tokens have changed since.\n{ways_out(checkpoint)}"
+        )
+
+
+def refuse_other_base(checkpoint: Checkpoint, base: str | None) -> None:
+    """Raises UserError if the frozen weights below an adapter have changed since."""
+    before = checkpoint.manifest.get("base", base)
+    if before != base:
+        raise UserError(
+            f"{checkpoint.path} is an adapter that was trained on other weights: model_name_or_path names the same model, but "
+            f"what is there has changed since ({before} then, {base} now).\n{ways_out(checkpoint)}"
         )
 
 

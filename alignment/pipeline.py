@@ -21,12 +21,14 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
 
 from .adapter_checks import check_adapters
-from .adapters import settle_adapter, starting_point
+from .adapters import base_identity, settle_adapter, starting_point
 from .checkpoints import (
     AFRESH,
     Checkpoint,
     Identity,
     checkpoint_to_resume,
+    choice_of_attempt,
+    refuse_other_base,
     refuse_other_data,
     refuse_other_layout,
     refuse_other_recipe,
@@ -40,7 +42,7 @@ from .launch import check_launch, outwait_compilers
 from .models import check_attention, check_model_path, model_init_kwargs
 from .parser import H4ArgumentParser, full_recipe
 from .records import RunRecords, write_jsonl, write_run_folder
-from .run_folder import only_writer, read_status, write_status
+from .run_folder import find_launch, mark_launch, only_writer, read_status, write_status
 from .signals import RunInterrupted, StopSignals
 from .splits import DataKind, fingerprint, ready_tokenizer, tokenized_splits
 from .strategy import save_whole_model, take_strategy
@@ -112,35 +114,21 @@ def run(method: Method, argv: Sequence[str] | None = None) -> DurableTrainer | N
 def carry_out(method: Method, run_: Run, stop: StopSignals) -> DurableTrainer | None:
     """The run, from its checkpoint or from the start, to its end; None if it has been there before."""
     args = run_.training_args
-    checkpoint = decided_by_main(
-        lambda: checkpoint_to_resume(run_.output_dir, args.resume_from_checkpoint, trust=args.trust_checkpoint)
-    )
-    if checkpoint is not None:
-        refuse_other_recipe(checkpoint, yaml.safe_load(run_.recipe), args.world_size, run_.rows_per_step)
+    has_ended, checkpoint = where_to_begin(run_)
     set_seed(args.seed)
     tokenizer = ready_tokenizer(run_)
     splits = tokenized_splits(method.data, tokenizer, run_)
     data = fingerprint(splits["train"])
+    if has_ended:
+        end_again(run_, data, stop)
+        return None
     if checkpoint is not None:
         refuse_other_data(checkpoint, data)
-    if is_finished(run_, data):
-        if args.push_to_hub and not read_status(run_.output_dir).get("pushed"):
-            push(run_, stop)
-            return None
-        logger.info(
-            "%s: this run is finished; nothing is left to do (--resume_from_checkpoint=never starts it afresh).",
-            run_.output_dir,
-        )
-        return None
     trainer = build_trainer(method, run_, tokenizer, splits)
     trainer.stop = stop
-    strategy = layout(trainer.accelerator)
-    run_id = decided_by_main(lambda: uuid.uuid4().hex[:12])
+    trainer.identity = identity_of(trainer, run_, data, checkpoint)
     if checkpoint is not None:
-        refuse_other_layout(checkpoint, strategy, args.world_size)
         trainer.evaluation_due = checkpoint.manifest.get("evaluation_due", False)
-        run_id = checkpoint.manifest.get("run_id", run_id)
-    trainer.identity = Identity(run_id, run_.recipe, data, strategy, args.world_size, run_.rows_per_step)
     if trainer.is_world_process_zero():
         write_run_folder(run_)
     with stop.deferred():
@@ -161,27 +149,82 @@ def carry_out(method: Method, run_: Run, stop: StopSignals) -> DurableTrainer | 
     return trainer
 
 
+def where_to_begin(run_: Run) -> tuple[bool, Checkpoint | None]:
+    """Whether the folder holds the end of a run; and if not, the checkpoint that this one goes on from."""
+    args, output_dir = run_.training_args, run_.output_dir
+    if args.world_size > 1:
+        find_launch(output_dir, decided_by_main(lambda: mark_launch(output_dir)))
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    refuse_restart_of_a_stop(output_dir, restarts)
+    if decided_by_main(lambda: is_finished(run_)):
+        return True, None
+    checkpoint = decided_by_main(
+        lambda: checkpoint_to_resume(
+            output_dir, choice_of_attempt(args.resume_from_checkpoint, output_dir, restarts), trust=args.trust_checkpoint
+        )
+    )
+    if checkpoint is not None:
+        refuse_other_recipe(checkpoint, yaml.safe_load(run_.recipe), args.world_size, run_.rows_per_step)
+    return False, checkpoint
+
+
+def identity_of(trainer: DurableTrainer, run_: Run, data: str, checkpoint: Checkpoint | None) -> Identity:
+    """What the checkpoints of this run will say of it. Raises UserError if that is not what `checkpoint` says."""
+    strategy, processes = layout(trainer.accelerator), run_.training_args.world_size
+    base = decided_by_main(lambda: base_identity(trainer, run_.model_args))
+    run_id = decided_by_main(lambda: uuid.uuid4().hex[:12])
+    if checkpoint is not None:
+        refuse_other_layout(checkpoint, strategy, processes)
+        refuse_other_base(checkpoint, base)
+        run_id = checkpoint.manifest.get("run_id", run_id)
+    return Identity(run_id, run_.recipe, data, base, strategy, processes, run_.rows_per_step)
+
+
+def end_again(run_: Run, data: str, stop: StopSignals) -> None:
+    """The push that a finished run lacks, or word that it lacks nothing."""
+    refuse_other_end(run_, data)
+    if run_.training_args.push_to_hub and not read_status(run_.output_dir).get("pushed"):
+        push(run_, stop)
+        return
+    logger.info(
+        "%s: this run is finished; nothing is left to do (--resume_from_checkpoint=never starts it afresh).", run_.output_dir
+    )
+
+
 def decided_by_main(decide: Callable[[], T]) -> T:
     """What the main process decides, on all of them; an error on it ends the others through the launcher."""
     return broadcast_object_list([decide() if PartialState().is_main_process else None])[0]
 
 
-def is_finished(run_: Run, data: str) -> bool:
-    """Whether the folder holds the end of this very run. Raises UserError if it holds the end of another."""
+def refuse_restart_of_a_stop(output_dir: Path, restarts: int) -> None:
+    """Raises RunInterrupted where a launcher with --max_restarts would go on with a run that was asked to stop."""
+    status = read_status(output_dir)
+    if status and status["state"] == "interrupted":
+        if restarts:
+            raise RunInterrupted(status["reason"])
+        if PartialState().is_main_process:
+            write_status(output_dir, "preparing")  # from here on a restart is one of this launch
+
+
+def is_finished(run_: Run) -> bool:
+    """Whether the folder holds the end of a run."""
     status = read_status(run_.output_dir)
     if run_.training_args.resume_from_checkpoint in AFRESH or not status or status["state"] != "finished":
         return False
-    if not any(run_.output_dir.glob("*.safetensors")):
-        return False
-    recorded = Checkpoint(run_.output_dir, {**status, "step": status["step"]})
+    return any(run_.output_dir.glob("*.safetensors"))
+
+
+def refuse_other_end(run_: Run, data: str) -> None:
+    """Raises UserError if the folder holds the end of another run than this."""
+    recorded = Checkpoint(run_.output_dir, read_status(run_.output_dir))
     refuse_other_recipe(recorded, yaml.safe_load(run_.recipe), run_.training_args.world_size, run_.rows_per_step)
     refuse_other_data(recorded, data)
-    return True
 
 
 def enter(trainer: DurableTrainer, state: str, **more: Any) -> None:
     """Write down what comes next. Raises RunInterrupted instead, if a process was asked to stop before the end."""
     if state == "ending" and trainer.agree(trainer.stop.received is not None)[0]:
+        trainer.save_before_leaving()
         raise RunInterrupted(trainer.interruption())
     if trainer.is_world_process_zero():
         facts = trainer.facts() | more
@@ -278,6 +321,7 @@ def evaluate(trainer: Trainer, run_: Run) -> None:
     try:
         metrics = trainer.evaluate()
     except EvaluationCut:
+        trainer.save_before_leaving()
         raise RunInterrupted(trainer.interruption()) from None
     metrics["eval_samples"] = len(trainer.eval_dataset)
     trainer.log_metrics("eval", metrics)

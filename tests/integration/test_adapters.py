@@ -231,6 +231,32 @@ def test_a_merged_model_is_kept_for_the_next_start_unless_its_adapter_changed(st
     assert weights.stat().st_ino != first
 
 
+@pytest.mark.parametrize("start", ["a model", "an adapter that is merged"])
+def test_an_adapter_does_not_go_on_over_weights_that_changed(start, workspace, tmp_path, capsys):
+    shutil.copytree(workspace, tmp_path / "own")
+    changing = tmp_path / ("own/model" if start == "a model" else "own/sft")
+    settings = {"model_name_or_path": str(changing), "max_steps": 2, "save_strategy": "steps", "save_steps": 1, **LORA}
+    recipe = recipe_file(workspace, tmp_path, **settings)
+    run(SIMPO, [recipe])
+    (tmp_path / "run/adapter_model.safetensors").unlink()  # as if it had been killed at its end
+    (weights,) = changing.glob("*model.safetensors")
+    was = load_file(weights)
+    save_file({name: 2 * tensor for name, tensor in was.items()}, weights, metadata={"format": "pt"})
+    with pytest.raises(SystemExit):
+        main(SIMPO, [recipe])
+    assert "checkpoint-2 is an adapter that was trained on other weights" in capsys.readouterr().err
+    save_file(was, weights, metadata={"format": "pt"})
+    run(SIMPO, [recipe])
+    assert (tmp_path / "run/adapter_model.safetensors").exists()
+
+
+def test_a_whole_model_trained_where_an_adapter_was_is_not_loaded_with_it(workspace, tmp_path):
+    run(SIMPO, [recipe_file(workspace, tmp_path, max_steps=1, **LORA)])
+    run(SIMPO, [recipe_file(workspace, tmp_path, max_steps=1, resume_from_checkpoint="never")])
+    assert not (tmp_path / "run/adapter_config.json").exists()
+    close(scores(AutoModelForCausalLM.from_pretrained(tmp_path / "run"), workspace), reported(tmp_path / "run"))
+
+
 def test_a_machine_that_does_not_see_the_merged_model_says_so(workspace, tmp_path):
     model_args = ModelArguments(model_name_or_path=str(workspace / "sft"))
     args = SimpleNamespace(output_dir=str(tmp_path), process_index=1)

@@ -28,12 +28,14 @@ from alignment.checkpoints import (
     Checkpoint,
     Damaged,
     checkpoint_to_resume,
+    choice_of_attempt,
     newest_whole,
     numbered,
     prune,
     publish,
     read_facts,
     recipe_differences,
+    refuse_other_base,
     refuse_other_data,
     refuse_other_layout,
     refuse_other_recipe,
@@ -57,6 +59,7 @@ FACTS = {
     "resumable": True,
     "run_id": "mine",
     "data": "same",
+    "base": None,
     "strategy": "DDP or one process",
     "processes": 2,
     "rows_per_step": 8,
@@ -555,6 +558,34 @@ def test_a_fresh_start_sets_aside_what_it_finds_and_deletes_nothing(run, choice)
     assert (run / "checkpoint-final").is_dir()
 
 
+def test_a_fresh_start_sets_aside_the_end_of_the_run_before(run):
+    """An adapter beside a whole model would be loaded on top of it."""
+    old = {
+        "adapter_model.safetensors": b"old",
+        "adapter_config.json": b"{}",
+        "eval_results.json": b"{}",
+        "_run/status.json": b"{}",
+    }
+    write_files(run, {**old, "notes.txt": b"mine", "metrics.jsonl": b"written anew"})
+    checkpoint_to_resume(run, "never")
+    assert {path.name: path.read_bytes() for path in (run / SET_ASIDE / "end.1").iterdir()} == {
+        Path(name).name: content for name, content in old.items()
+    }
+    assert sorted(path.name for path in run.iterdir() if path.is_file()) == ["metrics.jsonl", "notes.txt"]
+    write_files(run, {"model.safetensors": b"new"})
+    checkpoint_to_resume(run, "never")
+    assert (run / SET_ASIDE / "end.2/model.safetensors").read_bytes() == b"new"
+    checkpoint_to_resume(run, "never")
+    assert not (run / SET_ASIDE / "end.3").exists()
+
+
+@pytest.mark.parametrize("choice", [None, "never", "elsewhere/checkpoint-4"])
+def test_a_run_that_its_launcher_restarts_goes_on_from_what_it_saved(run, choice, tmp_path_factory):
+    assert choice_of_attempt(choice, run, restarts=0) == choice
+    assert choice_of_attempt(choice, run, restarts=1) is None
+    assert choice_of_attempt(choice, tmp_path_factory.mktemp("empty"), restarts=1) == choice
+
+
 def test_a_fresh_start_is_the_way_out_of_damage(run):
     for path in numbered(run).values():
         (path / MANIFEST).unlink()
@@ -579,6 +610,13 @@ def test_a_path_that_was_chosen_is_not_replaced_by_another_when_it_is_damaged(ru
     )
     with pytest.raises(UserError, match=rf"checkpoint-8': no whole checkpoint is there; it has no {MANIFEST}\.$"):
         checkpoint_to_resume(run, str(run / "checkpoint-8"))
+
+
+def test_an_adapter_does_not_go_on_over_other_weights(tmp_path):
+    checkpoint = verify(save(tmp_path, 4, base="abc"))
+    refuse_other_base(checkpoint, "abc")
+    with pytest.raises(UserError, match=r"is an adapter that was trained on other weights: .* \(abc then, def now\)\.\n"):
+        refuse_other_base(checkpoint, "def")
 
 
 def test_trust_does_not_make_a_damaged_checkpoint_whole(run):

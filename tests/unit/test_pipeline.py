@@ -10,8 +10,9 @@ from datasets import Dataset, concatenate_datasets, load_dataset
 
 from alignment.configs import DataArguments, ModelArguments, Run
 from alignment.errors import UserError
-from alignment.pipeline import is_finished
+from alignment.pipeline import is_finished, refuse_other_end, refuse_restart_of_a_stop, where_to_begin
 from alignment.run_folder import write_status
+from alignment.signals import RunInterrupted
 from alignment.splits import fingerprint
 from scripts.simpo_config import SimPOConfig
 from tests.builders import token_rows
@@ -151,29 +152,46 @@ def finished(tmp_path) -> Run:
 
 
 def test_a_finished_run_is_known_by_its_recipe_and_data(finished):
-    assert is_finished(finished, "same")
-    assert is_finished(finished._replace(recipe=yaml.safe_dump({"beta": 2.0, "logging_steps": 1})), "same")
+    assert is_finished(finished)
+    refuse_other_end(finished, "same")
+    refuse_other_end(finished._replace(recipe=yaml.safe_dump({"beta": 2.0, "logging_steps": 1})), "same")
 
 
 def test_the_end_of_another_run_is_not_overwritten(finished):
     with pytest.raises(UserError, match="was made with other data"):
-        is_finished(finished, "changed")
+        refuse_other_end(finished, "changed")
     with pytest.raises(UserError, match=r"beta: 2\.0 then, 10\.0 now"):
-        is_finished(finished._replace(recipe=yaml.safe_dump({"beta": 10.0})), "same")
+        refuse_other_end(finished._replace(recipe=yaml.safe_dump({"beta": 10.0})), "same")
 
 
 @pytest.mark.parametrize("state", ["preparing", "training", "ending", "interrupted", "failed"])
 def test_a_run_is_not_finished_before_it_says_so(finished, state):
     write_status(finished.output_dir, state, step=8)
-    assert not is_finished(finished, "same")
+    assert not is_finished(finished)
 
 
 def test_a_run_whose_weights_were_deleted_is_not_finished(finished):
     (finished.output_dir / "model.safetensors").unlink()
-    assert not is_finished(finished, "same")
+    assert not is_finished(finished)
+
+
+def test_a_finished_run_needs_no_checkpoint_that_it_could_go_on_from(finished):
+    (finished.output_dir / "checkpoint-8").mkdir()
+    assert where_to_begin(finished) == (True, None)
+    write_status(finished.output_dir, "ending", step=8)
+    with pytest.raises(UserError, match=r"no checkpoint in .* can be resumed"):
+        where_to_begin(finished)
+
+
+def test_a_launcher_does_not_restart_what_was_stopped_and_a_new_start_does(finished):
+    write_status(finished.output_dir, "interrupted", reason="stopped by SIGUSR1 after step 4")
+    with pytest.raises(RunInterrupted, match="stopped by SIGUSR1 after step 4"):
+        refuse_restart_of_a_stop(finished.output_dir, restarts=1)
+    refuse_restart_of_a_stop(finished.output_dir, restarts=0)
+    refuse_restart_of_a_stop(finished.output_dir, restarts=1)  # of the new start, which failed
 
 
 @pytest.mark.parametrize("choice", ["never", "false"])
 def test_a_finished_run_can_be_started_afresh(finished, choice):
     finished.training_args.resume_from_checkpoint = choice
-    assert not is_finished(finished, "same")
+    assert not is_finished(finished)

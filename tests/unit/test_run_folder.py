@@ -1,6 +1,5 @@
 """One writer for each folder, and a status that is always whole."""
 
-import json
 import multiprocessing
 import os
 import signal
@@ -15,7 +14,7 @@ import pytest
 
 from alignment import run_folder
 from alignment.errors import UserError
-from alignment.run_folder import LOCK_FILE, STATUS_FILE, only_writer, read_status, write_status
+from alignment.run_folder import LOCK_FILE, STATUS_FILE, find_launch, mark_launch, only_writer, read_status, write_status
 
 FORK = multiprocessing.get_context("fork")
 
@@ -209,14 +208,39 @@ def test_whoever_reads_the_status_while_it_is_written_reads_a_whole_one(tmp_path
     assert len(seen) == 50
 
 
-def test_a_status_that_could_not_be_written_leaves_the_one_before(tmp_path, monkeypatch):
+def test_a_status_that_could_not_be_written_is_a_warning_and_leaves_the_one_before(tmp_path, monkeypatch, caplog):
     (tmp_path / "_run").mkdir()
     write_status(tmp_path, "training", step=3)
     with monkeypatch.context() as patch:
-        patch.setattr(json, "dumps", lambda *args, **kwargs: '{"state": "fin')
-        patch.setattr(Path, "replace", lambda *args: (_ for _ in ()).throw(OSError("no space left")))
-        with pytest.raises(OSError, match="no space left"):
-            write_status(tmp_path, "finished")
+        patch.setattr(Path, "replace", lambda *args: (_ for _ in ()).throw(OSError(28, "no space left")))
+        write_status(tmp_path, "finished")
     assert read_status(tmp_path)["step"] == 3
+    assert f"{tmp_path / '_run/status.json'} could not be written (no space left); the state is finished." in caplog.text
     write_status(tmp_path, "finished", step=4)
     assert read_status(tmp_path)["state"] == "finished"
+
+
+@pytest.mark.parametrize("torn", ["", '{"state": "trai'])
+def test_a_torn_status_is_none(tmp_path, torn):
+    (tmp_path / "_run").mkdir()
+    (tmp_path / "_run/status.json").write_text(torn)
+    assert read_status(tmp_path) is None
+
+
+# ---- One folder for all processes ----
+
+
+def test_processes_that_see_one_folder_find_the_mark_of_the_launch(tmp_path):
+    (tmp_path / "_run").mkdir()
+    find_launch(tmp_path, mark_launch(tmp_path))
+
+
+def test_a_process_that_sees_another_folder_says_so(tmp_path, monkeypatch):
+    for folder in ("here", "there"):
+        (tmp_path / folder / "_run").mkdir(parents=True)
+    mark_launch(tmp_path / "here")  # of an earlier launch
+    monkeypatch.setattr("alignment.run_folder.SHARING_S", 0.2)
+    with pytest.raises(
+        UserError, match=f"output_dir = '{tmp_path}/here': on .* is not the folder that the first process writes to"
+    ):
+        find_launch(tmp_path / "here", mark_launch(tmp_path / "there"))
