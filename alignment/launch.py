@@ -94,7 +94,11 @@ def launcher_processes(environment: Mapping[str, str]) -> int | None:
     """
     if "WORLD_SIZE" in environment:
         return None
-    command = psutil.Process().parent().cmdline()
+    try:
+        launcher = psutil.Process().parent()
+        command = [] if launcher is None else launcher.cmdline()  # None for a container's first process
+    except psutil.Error:
+        return None
     starts = [number + 1 for number, word in enumerate(command) if word.endswith(LAUNCH_COMMANDS)]
     starts += [number + 2 for number, word in enumerate(command) if Path(word).name == "accelerate"]
     if not starts:

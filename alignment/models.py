@@ -201,13 +201,25 @@ def check_model_path(model_args: ModelArguments) -> PreTrainedConfig:
 
 def load_policy(path: str, **init_kwargs: Any) -> PreTrainedModel:
     try:
-        load = unwritten_policy if can_stay_unwritten(init_kwargs) else AutoModelForCausalLM.from_pretrained
-        model = load(path, **init_kwargs)
+        if comes_quantised(path, init_kwargs):
+            init_kwargs.pop("quantization_config", None)  # it brings the same; transformers takes no second one
+            model = AutoModelForCausalLM.from_pretrained(path, **init_kwargs)
+        else:
+            load = unwritten_policy if can_stay_unwritten(init_kwargs) else AutoModelForCausalLM.from_pretrained
+            model = load(path, **init_kwargs)
     except (OSError, ValueError, ImportError) as error:
         raise UserError(unloadable("weights", path, error)) from error
     if model._hf_peft_config_loaded:  # transformers has put the adapter into its base, where nothing would train it
         raise UserError(f"{path!r} is a LoRA adapter; load it with peft's AutoPeftModelForCausalLM and give the model")
     return model
+
+
+def comes_quantised(path: str, init_kwargs: dict[str, Any]) -> bool:
+    """Whether the checkpoint's own weights are quantised; asked only where it matters, because it reads a file."""
+    if "quantization_config" not in init_kwargs and not receives_weights(os.environ):
+        return False
+    options = {key: init_kwargs[key] for key in ("revision", "trust_remote_code", "code_revision") if key in init_kwargs}
+    return getattr(AutoConfig.from_pretrained(path, **options), "quantization_config", None) is not None
 
 
 def can_stay_unwritten(init_kwargs: dict[str, Any]) -> bool:

@@ -2,9 +2,11 @@
 
 import importlib.metadata
 import json
+import logging
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,15 @@ from .adapters import provenance
 from .checkpoints import RECIPE_FILE
 from .configs import Run
 
+logger = logging.getLogger(__name__)
+
 RECORDED_PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "peft", "tokenizers", "safetensors")
 
 
 class RunRecords(TrainerCallback):
-    """Appends every logged record to metrics.jsonl, as it is logged."""
+    """Appends every logged record to metrics.jsonl, as it is logged. A full disk costs records, and not the run."""
+
+    is_complete = True
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         if not state.is_world_process_zero:
@@ -28,9 +34,19 @@ class RunRecords(TrainerCallback):
         write_jsonl(path, [{"step": record["step"], **record} for record in state.log_history])
 
     def on_log(self, args, state, control, logs: dict[str, float], **kwargs) -> None:
-        if state.is_world_process_zero:
-            with Path(args.output_dir, "metrics.jsonl").open("a", encoding="utf-8") as file:
+        if not state.is_world_process_zero:
+            return
+        path = Path(args.output_dir, "metrics.jsonl")
+        whole = path.stat().st_size if path.exists() else 0
+        try:
+            with path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+        except OSError as error:
+            with suppress(OSError):
+                os.truncate(path, whole)  # no half of a record
+            if self.is_complete:
+                logger.warning("%s cannot be written (%s) and lacks records from here on.", path, error.strerror)
+            self.is_complete = False
 
 
 def write_jsonl(path: Path, records: list[dict[str, Any]]) -> None:

@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -48,3 +48,14 @@ class StopSignals:
             os._exit(128 + number)
         if not self.is_deferred:
             raise RunInterrupted(f"stopped by {self.received.name}, before training began; nothing is lost by starting again.")
+
+
+def start_loader_worker(seed: Callable[[int], None] | None, number: int) -> None:
+    """The first thing that a data loader's worker does: ignore what asks the run to stop.
+
+    A scheduler signals all processes. The run goes on to the end of its step and needs its workers, which end with it.
+    """
+    for stopping in STOPPING:
+        signal.signal(stopping, signal.SIG_IGN)
+    if seed is not None:
+        seed(number)

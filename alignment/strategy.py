@@ -3,6 +3,7 @@
 import logging
 import os
 import shlex
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from peft import PeftModel
 from peft.tuners import tuners_utils
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -172,16 +174,26 @@ def save_shards(trainer: Trainer) -> str:
     divided = accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP)
     if not divided or isinstance(model, PeftModel):
         return "The last checkpoint is as it was."
+    try:
+        command = write_shards(trainer, folder)
+    except (OSError, RuntimeError, CheckpointException) as error:
+        failures = [failure for failure, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
+        shutil.rmtree(folder, ignore_errors=True)
+        return f"Nor could its shards ({failures[0]}). The last checkpoint is as it was."
+    return f"Its shards are in {folder}; with room for it, put them together: {shlex.join(map(str, command))}"
+
+
+def write_shards(trainer: Trainer, folder: Path) -> list[Any]:
+    """The model's parts, and beside `folder` what a model needs besides. Returns the command that puts them together."""
+    accelerator, output_dir = trainer.accelerator, folder.parent
     if trainer.is_world_process_zero():
-        model.config.save_pretrained(output_dir)
+        accelerator.unwrap_model(trainer.model).config.save_pretrained(output_dir)
         trainer.processing_class.save_pretrained(output_dir)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         trainer.deepspeed.save_checkpoint(str(folder))
-        command = [sys.executable, folder / "zero_to_fp32.py", folder, output_dir, "--safe_serialization"]
-    else:
-        plugin = accelerator.state.fsdp_plugin
-        plugin.state_dict_config = plugin.optim_state_dict_config = None
-        plugin.set_state_dict_type("SHARDED_STATE_DICT")
-        save_fsdp_model(plugin, accelerator, trainer.model, str(folder))
-        command = ["accelerate", "merge-weights", folder / "pytorch_model_fsdp_0", output_dir]
-    return f"Its shards are in {folder}; with room for it, put them together: {shlex.join(map(str, command))}"
+        return [sys.executable, folder / "zero_to_fp32.py", folder, output_dir, "--safe_serialization"]
+    plugin = accelerator.state.fsdp_plugin
+    plugin.state_dict_config = plugin.optim_state_dict_config = None
+    plugin.set_state_dict_type("SHARDED_STATE_DICT")
+    save_fsdp_model(plugin, accelerator, trainer.model, str(folder))
+    return ["accelerate", "merge-weights", folder / "pytorch_model_fsdp_0", output_dir]

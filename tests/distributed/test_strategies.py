@@ -91,6 +91,7 @@ def jobs_of(strategy: str, recipe: Path, folder: Path) -> dict[str, dict[str, An
     if strategy in LEFT_IN_SHARDS:
         sharded = {"environment": LEFT_IN_SHARDS[strategy]}
         jobs["sharded"] = job("sharded", "--pair_layout=packed", **sharded)
+        jobs["full for shards"] = job("full for shards", sabotage="no room for shards either", **sharded)
         jobs["disk full"] = job("disk full", "--pair_layout=packed", sabotage="disk full at the end", **sharded)
     return jobs
 
@@ -244,6 +245,15 @@ def test_a_model_that_cannot_be_saved_whole_leaves_shards_and_the_command_for_la
     later = load_file(folder / "model.safetensors")
     assert all(torch.equal(later[name], whole[name]) for name in whole)
     assert_close(AutoModelForCausalLM.from_pretrained(folder).state_dict(), whole, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("strategy", LEFT_IN_SHARDS)
+def test_where_there_is_no_room_for_shards_either_none_are_left_and_the_message_says_so(strategy, launched):
+    folder = launched(strategy).folder / "full for shards"
+    for facts in launched(strategy).facts:
+        assert "Nor could its shards ([Errno 28] No space left on device)" in facts["full for shards"]["stopped"]
+    assert not (folder / "shards").exists()
+    assert not list(folder.glob("*.safetensors"))
 
 
 # ---- Going on ----

@@ -10,6 +10,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -146,6 +147,19 @@ def disk_full_at_the_end() -> Any:
     return mock.patch.object(SimPOTrainer, "_save", save)
 
 
+def no_room_for_shards_either() -> Any:
+    """The file that a shard is written to is a full device."""
+    stack = ExitStack()
+    stack.enter_context(disk_full_at_the_end())
+
+    def write_bytes(*arguments: Any, **options: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    stack.enter_context(mock.patch("torch.distributed.checkpoint.filesystem._write_files_from_queue", write_bytes))
+    stack.enter_context(mock.patch("deepspeed.runtime.engine.DeepSpeedEngine.save_checkpoint", write_bytes))
+    return stack
+
+
 def stopped_in_training() -> Any:
     """The second process stands still in its second step."""
     step = SimPOTrainer.training_step
@@ -161,6 +175,7 @@ def stopped_in_training() -> Any:
 SABOTAGES = {
     None: lambda: mock.patch.dict(os.environ),
     "disk full at the end": disk_full_at_the_end,
+    "no room for shards either": no_room_for_shards_either,
     "stopped in training": stopped_in_training,
 }
 

@@ -13,12 +13,12 @@ import torch
 from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from alignment.adapters import keep_4bit_layout, merge_once
 from alignment.configs import ModelArguments
 from alignment.errors import UserError
-from alignment.models import find_adapter
+from alignment.models import find_adapter, load_policy
 from alignment.pipeline import Method, main, run
 from alignment.splits import CONVERSATIONS, PAIRS
 from scripts.sft_config import SFTConfig
@@ -113,6 +113,33 @@ def environment(folder: Path) -> dict:
 
 
 # ---- Quantised bases ----
+
+
+@pytest.fixture(scope="module")
+def quantised(workspace) -> Path:
+    """A model that was saved in 4 bits."""
+    options = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "float32"}
+    config = BitsAndBytesConfig(**options, bnb_4bit_use_double_quant=True, bnb_4bit_quant_storage="float32")
+    folder = workspace / "quantised"
+    AutoModelForCausalLM.from_pretrained(workspace / "model", quantization_config=config, dtype="float32").save_pretrained(
+        folder
+    )
+    builders.bpe_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("asked", [{}, NF4], ids=["by itself", "and the recipe says so too"])
+def test_a_model_that_was_saved_in_4_bits_is_trained_on_as_it_is(asked, quantised, workspace, tmp_path):
+    trainer = run(SIMPO, [recipe_file(workspace, tmp_path, model_name_or_path=str(quantised), max_steps=2, **LORA, **asked)])
+    assert trainer.model.get_base_model().is_quantized
+    assert losses(trainer)[1] != losses(trainer)[0]
+
+
+def test_a_second_process_reads_a_model_that_was_saved_in_4_bits(quantised, monkeypatch):
+    monkeypatch.setattr("alignment.models.receives_weights", lambda environment: True)
+    model = load_policy(str(quantised), dtype="float32")
+    assert model.is_quantized
+
 
 QUANTISED = {"4 bits": NF4, "8 bits": {"load_in_8bit": True}}
 

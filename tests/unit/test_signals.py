@@ -5,11 +5,13 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from functools import partial
 
 import pytest
+import torch
 
 from alignment.errors import TrainingStopped, UserError
-from alignment.signals import STOPPING, RunInterrupted, StopSignals
+from alignment.signals import STOPPING, RunInterrupted, StopSignals, start_loader_worker
 
 TERM, USR1, INT = STOPPING
 each_signal = pytest.mark.parametrize("number", STOPPING, ids=lambda number: number.name)
@@ -130,3 +132,29 @@ def test_a_signal_from_outside_is_noted_between_two_steps():
             time.sleep(0.001)
         os.waitpid(sender, 0)
     assert stop.received == TERM
+
+
+class Slow(torch.utils.data.Dataset):
+    """Rows that take their time."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> int:
+        time.sleep(0.05)
+        return index
+
+
+@each_signal
+def test_a_loaders_workers_outlive_what_stops_the_run(number):
+    loader = torch.utils.data.DataLoader(Slow(), num_workers=2, worker_init_fn=partial(start_loader_worker, None))
+    batches = iter(loader)
+    seen = [next(batches).item()]
+    workers = multiprocessing.active_children()
+    for worker in workers:
+        os.kill(worker.pid, number)
+    assert seen + [batch.item() for batch in batches] == list(range(8))
+    del batches
+    for worker in workers:
+        worker.join(10)
+        assert worker.exitcode == 0

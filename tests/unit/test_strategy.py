@@ -85,6 +85,17 @@ def test_the_launchers_own_command_line_says_how_many_processes_it_was_to_start(
     assert launcher_processes({}) == processes
 
 
+def test_a_process_without_a_launcher_to_look_at_was_told_nothing(monkeypatch):
+    monkeypatch.setattr(psutil, "Process", lambda: SimpleNamespace(parent=lambda: None))  # the first one of a container
+    assert launcher_processes({}) is None
+
+    def hidden() -> None:
+        raise psutil.AccessDenied
+
+    monkeypatch.setattr(psutil, "Process", lambda: SimpleNamespace(parent=lambda: SimpleNamespace(cmdline=hidden)))
+    assert launcher_processes({}) is None
+
+
 # ---- What it got ----
 
 
