@@ -18,7 +18,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_pt_utils import get_model_param_count
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, TrainOutput
 
-from .checkpoints import AFRESH, RECIPE_FILE, STAGING, Identity, newest_whole, numbered, prune, publish, seal, size
+from .checkpoints import AUTOMATIC, RECIPE_FILE, STAGING, Identity, newest_whole, numbered, prune, publish, seal, size
 from .errors import TrainingStopped
 from .hub import push_checkpoint
 from .run_folder import write_status
@@ -66,6 +66,7 @@ class DurableTrainer(Trainer):
             newest = newest_whole(Path(self.args.output_dir))
             resume_from_checkpoint = None if newest is None else str(newest.path)
         self.saved_at = time.monotonic()
+        self.evaluation_due &= self.eval_dataset is not None  # the evaluation may have been switched off since
         if self.evaluation_due:
             self.args.eval_on_start = True
         try:
@@ -78,19 +79,31 @@ class DurableTrainer(Trainer):
 
     def interruption(self) -> str:
         name = self.stop.received.name if self.stop.received else "a signal to another process"
-        again = ", without resume_from_checkpoint," if self.args.resume_from_checkpoint in AFRESH else ""
-        saved = (
-            f"its checkpoint is whole, and the same command{again} goes on from step {self.saved_step}"
-            if self.saved_step == self.state.global_step
-            else "it could not be saved"
-        )
-        return f"stopped by {name} after step {self.state.global_step} of {self.state.max_steps}; {saved}."
+        return f"stopped by {name} after step {self.state.global_step} of {self.state.max_steps}; {self.way_on()}."
+
+    def way_on(self) -> str:
+        """What the next start goes on from, if anything."""
+        step = self.state.global_step
+        if self.saved_step != step:
+            return "nothing was trained in this attempt" if step == self._initial_global_step else "it could not be saved"
+        if self.args.save_only_model:
+            return (
+                "save_only_model keeps its weights and nothing to go on from: --resume_from_checkpoint=never starts the run "
+                "again from step 0"
+            )
+        again = "" if self.args.resume_from_checkpoint in AUTOMATIC else ", without resume_from_checkpoint,"
+        return f"its checkpoint is whole, and the same command{again} goes on from step {step}"
 
     def agree(self, *wishes: bool) -> list[bool]:
         """Whether any process has each wish. To be called by all of them, at the same point."""
         if self.args.world_size == 1:
             return list(wishes)
         return (self.accelerator.reduce(torch.tensor(wishes, device=self.args.device).float()) > 0).tolist()
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing, where a checkpoint of the last step was resumed in the middle of an epoch: the Trainer would go on."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         try:
@@ -109,7 +122,14 @@ class DurableTrainer(Trainer):
         if self.evaluation_due:
             self.evaluation_due = self.args.eval_on_start = False
             self._determine_best_metric(metrics=metrics, trial=None)
+            self.find_best()
         return metrics
+
+    def find_best(self) -> None:
+        """Where the best checkpoint is. The Trainer knows only where it was written, and only if its evaluation came before."""
+        best = Path(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
+        if best.is_dir():
+            self.state.best_model_checkpoint = str(best.resolve())
 
     # ---- Checkpoints ----
 
@@ -137,6 +157,7 @@ class DurableTrainer(Trainer):
             self.give_up_saving(staged, problem or "it failed on another process")
             return
         self.saved_step = self.state.global_step
+        self.find_best()
         if first:
             run_id = self.identity and self.identity.run_id
             prune(Path(self.args.output_dir), self.args.save_total_limit, run_id, self.state.best_model_checkpoint)
@@ -146,6 +167,11 @@ class DurableTrainer(Trainer):
             is_free = self.push is None or self.push.done()
             if is_free or self.args.hub_always_push:
                 self.push = push_checkpoint(self.args, target, self.push)
+
+    def save_before_leaving(self) -> None:
+        """Save the present step, if it is not saved, where training has ended and the run has not. On all processes."""
+        self.is_stopping = True
+        self._save_checkpoint(self.model, trial=None)
 
     def attempt(self, part: Callable[[], None]) -> str | None:
         """Do a part of saving; what was wrong, if the other processes can be told.
@@ -266,13 +292,20 @@ class DurableTrainer(Trainer):
 
 
 class StepEnds(TrainerCallback):
-    """At the end of each step: stop or save, if it is time, on all processes alike."""
+    """At the end of each step: stop or save, if it is time, on all processes alike.
+
+    A step that ends an epoch is saved behind what the epoch's end logs and evaluates: a run that is resumed there does not
+    come through that end again.
+    """
 
     def __init__(self, trainer: DurableTrainer):
         self.trainer = trainer
+        self.save_waits = False  # for the end of the epoch
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.trainer.saved_step = state.global_step or -1  # what was resumed is saved
+        is_here = state.global_step in numbered(Path(args.output_dir))  # what was resumed may lie elsewhere
+        self.trainer.saved_step = state.global_step if self.trainer.agree(is_here)[0] else -1
+        self.trainer.find_best()
         saves = args.save_strategy != "no" and (args.save_strategy != "steps" or state.save_steps < state.max_steps)
         if not saves and args.save_minutes is None:
             logger.warning(
@@ -288,14 +321,29 @@ class StepEnds(TrainerCallback):
         if stop:
             trainer.is_stopping = control.should_training_stop = True
             trainer.evaluation_due, control.should_evaluate = control.should_evaluate, False
+        if control.should_training_stop or control.should_epoch_stop or ends_epoch(state):
+            self.save_waits, control.should_save = control.should_save, False
 
     def on_prediction_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.trainer.agree(self.trainer.stop.received is not None)[0]:
             raise EvaluationCut
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.trainer.is_stopping:  # logged and saved already, at the end of the step
-            control.should_log = control.should_evaluate = control.should_save = False
+        trainer = self.trainer
+        if trainer.is_stopping:
+            is_end = ends_epoch(state) or state.global_step >= state.max_steps
+            control.should_log &= is_end
+            trainer.evaluation_due |= control.should_evaluate and is_end
+            control.should_evaluate = False
+            if control.should_log:
+                trainer.saved_step = -1  # saved without that log, if a step's evaluation was cut
+        control.should_save |= trainer.is_stopping or self.save_waits
+        self.save_waits = False
+
+
+def ends_epoch(state: TrainerState) -> bool:
+    """Whether the last step was the last of an epoch."""
+    return state.epoch is not None and state.epoch.is_integer()
 
 
 def layout(accelerator: Accelerator) -> str:

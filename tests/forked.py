@@ -6,6 +6,7 @@ process before the run, with the process's rank and the job's arguments, and tha
 
 import gc
 import json
+import multiprocessing
 import os
 import resource
 import signal
@@ -181,16 +182,17 @@ def signal_in(rank: int, place: str, number: int, ranks: list[int], delays: list
 
 
 def send(names: list[str], delays: list[float]) -> None:
-    """In the background, if a signal has to wait."""
+    """In the background, if a signal has to wait; then also to the data loader's workers, as from a scheduler."""
     if not any(delays):
         for name in names:
             os.kill(os.getpid(), signal.Signals[name])
         return
-    parent = os.getpid()
+    everybody = [*(worker.pid for worker in multiprocessing.active_children()), os.getpid()]
     if os.fork() == 0:
         for name, delay in zip(names, delays, strict=True):
             time.sleep(delay)
-            os.kill(parent, signal.Signals[name])
+            for process in everybody:
+                os.kill(process, signal.Signals[name])
         os._exit(0)
 
 

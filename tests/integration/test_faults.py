@@ -231,7 +231,7 @@ def test_when_every_checkpoint_is_damaged_the_run_asks_instead_of_starting_from_
     assert "--resume_from_checkpoint=never" in ended.printed
     go_on(server, recipe, folder, "--resume_from_checkpoint=never")
     assert (folder / END).read_bytes() == (unbroken / END).read_bytes()
-    assert sorted(path.name for path in (folder / "_run/earlier").iterdir()) == ["checkpoint-6.1", "checkpoint-8.1"]
+    assert sorted(path.name for path in (folder / "_run/earlier").iterdir()) == ["checkpoint-6.1", "checkpoint-8.1", "end.1"]
 
 
 # ---- Stopped ----
