@@ -150,11 +150,11 @@ def model_init_kwargs(model_args: ModelArguments, training_args: TrainingArgumen
 
 
 def quantization(model_args: ModelArguments, training_args: TrainingArguments) -> dict[str, Any] | None:
-    """bitsandbytes settings; 4-bit weights compute in bf16 where the run does."""
+    """bitsandbytes settings; 4-bit weights compute in bf16 where the run does. None where the checkpoint brings its own."""
+    if not (model_args.load_in_8bit or model_args.load_in_4bit) or comes_quantised(check_model_path(model_args)):
+        return None  # transformers takes no second ones, not even the same
     if model_args.load_in_8bit:
         return {"quant_method": "bitsandbytes", "load_in_8bit": True}
-    if not model_args.load_in_4bit:
-        return None
     return {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,
@@ -201,12 +201,8 @@ def check_model_path(model_args: ModelArguments) -> PreTrainedConfig:
 
 def load_policy(path: str, **init_kwargs: Any) -> PreTrainedModel:
     try:
-        if comes_quantised(path, init_kwargs):
-            init_kwargs.pop("quantization_config", None)  # it brings the same; transformers takes no second one
-            model = AutoModelForCausalLM.from_pretrained(path, **init_kwargs)
-        else:
-            load = unwritten_policy if can_stay_unwritten(init_kwargs) else AutoModelForCausalLM.from_pretrained
-            model = load(path, **init_kwargs)
+        load = unwritten_policy if can_stay_unwritten(path, init_kwargs) else AutoModelForCausalLM.from_pretrained
+        model = load(path, **init_kwargs)
     except (OSError, ValueError, ImportError) as error:
         raise UserError(unloadable("weights", path, error)) from error
     if model._hf_peft_config_loaded:  # transformers has put the adapter into its base, where nothing would train it
@@ -214,18 +210,18 @@ def load_policy(path: str, **init_kwargs: Any) -> PreTrainedModel:
     return model
 
 
-def comes_quantised(path: str, init_kwargs: dict[str, Any]) -> bool:
-    """Whether the checkpoint's own weights are quantised; asked only where it matters, because it reads a file."""
-    if "quantization_config" not in init_kwargs and not receives_weights(os.environ):
-        return False
-    options = {key: init_kwargs[key] for key in ("revision", "trust_remote_code", "code_revision") if key in init_kwargs}
-    return getattr(AutoConfig.from_pretrained(path, **options), "quantization_config", None) is not None
-
-
-def can_stay_unwritten(init_kwargs: dict[str, Any]) -> bool:
+def can_stay_unwritten(path: str, init_kwargs: dict[str, Any]) -> bool:
     """Whether this process is sent its weights by the first one, and knows their type without reading them."""
     dtype, is_quantized = init_kwargs.get("dtype", "auto"), "quantization_config" in init_kwargs
-    return receives_weights(os.environ) and dtype != "auto" and not is_quantized
+    if not receives_weights(os.environ) or dtype == "auto" or is_quantized:
+        return False
+    options = {key: init_kwargs[key] for key in ("revision", "trust_remote_code", "code_revision") if key in init_kwargs}
+    return not comes_quantised(AutoConfig.from_pretrained(path, **options))
+
+
+def comes_quantised(config: PreTrainedConfig) -> bool:
+    """Whether the checkpoint's own weights are."""
+    return getattr(config, "quantization_config", None) is not None
 
 
 def unwritten_policy(path: str, *, dtype: str, attn_implementation: str | None = None, **options: Any) -> PreTrainedModel:

@@ -4,7 +4,12 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from multiprocessing import parent_process
+from threading import Thread
 from types import FrameType
+
+from torch.utils.data import DataLoader
 
 from .errors import TrainingStopped
 
@@ -50,12 +55,29 @@ class StopSignals:
             raise RunInterrupted(f"stopped by {self.received.name}, before training began; nothing is lost by starting again.")
 
 
+def outlast_signals(loader: DataLoader) -> DataLoader:
+    """The same loader, whose workers do not die of what asks the run to stop."""
+    starting = getattr(loader, "base_dataloader", loader)  # accelerate's loaders leave the workers to one inside
+    starting.worker_init_fn = partial(start_loader_worker, starting.worker_init_fn)
+    return loader
+
+
 def start_loader_worker(seed: Callable[[int], None] | None, number: int) -> None:
-    """The first thing that a data loader's worker does: ignore what asks the run to stop.
+    """The first thing that a data loader's worker does: from now on only its parent can stop it.
 
     A scheduler signals all processes. The run goes on to the end of its step and needs its workers, which end with it.
     """
-    for stopping in STOPPING:
+    for stopping in (signal.SIGUSR1, signal.SIGINT):
         signal.signal(stopping, signal.SIG_IGN)
+    # A process that exits sends SIGTERM to the workers it has left, and waits for them: ignored, it would wait for ever.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    Thread(target=end_when_told, args=(parent_process().pid,), daemon=True).start()
     if seed is not None:
         seed(number)
+
+
+def end_when_told(parent: int) -> None:
+    """End this process at its parent's SIGTERM, and at nobody else's. A handler in Python is not told the sender."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)

@@ -3,9 +3,11 @@
 import json
 import os
 import shutil
+import signal
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -63,6 +65,9 @@ def workspace(tmp_path_factory) -> Path:
 def recipe_file(workspace: Path, folder: Path, **changes) -> str:
     """The recipe of a run into folder/run; a change to None leaves a key out."""
     return recipe_of_run(workspace, folder, RECIPE, changes)
+
+
+SUPERVISED = {"beta": None, "gamma_beta_ratio": None, "max_prompt_length": None}  # keys of SimPO alone
 
 
 def environment() -> dict[str, str]:
@@ -278,6 +283,23 @@ def test_a_resumed_run_ends_with_the_weights_and_log_of_an_unbroken_one(workspac
     assert trained(read_jsonl(tmp_path / "run/metrics.jsonl")) == trained(log)
 
 
+def test_a_resumed_supervised_run_logs_what_an_unbroken_one_logs(workspace, tmp_path):
+    changes = {**SUPERVISED, "dataset_mixer": {str(workspace / "chats"): 1.0}, "num_train_epochs": 2, "logging_steps": 3}
+    recipe = recipe_file(workspace, tmp_path, **changes, save_strategy="steps", save_steps=2, save_total_limit=9)
+    run(SFT, [recipe])
+    log = read_jsonl(tmp_path / "run/metrics.jsonl")
+    for step in (6, 8):
+        shutil.rmtree(tmp_path / "run" / f"checkpoint-{step}")
+    (tmp_path / "run/model.safetensors").unlink()
+    run(SFT, [recipe])
+
+    def trained(records: list[dict]) -> list[dict]:
+        return [record for record in records if "loss" in record]
+
+    assert trained(read_jsonl(tmp_path / "run/metrics.jsonl")) == trained(log)
+    assert {"entropy", "mean_token_accuracy", "num_tokens"} <= trained(log)[-1].keys()
+
+
 def test_a_changed_recipe_does_not_go_on_from_the_old_ones_checkpoint(workspace, tmp_path, capsys):
     settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
     run(SIMPO, [recipe_file(workspace, tmp_path, **settings)])
@@ -285,3 +307,25 @@ def test_a_changed_recipe_does_not_go_on_from_the_old_ones_checkpoint(workspace,
         main(SIMPO, [recipe_file(workspace, tmp_path, **settings), "--beta=10"])
     assert exit_.value.code == 2
     assert "beta: 2.5 then, 10.0 now" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script", ["run_simpo.py", "run_sft.py"])
+def test_a_signal_to_a_run_and_its_loaders_workers_stops_it_with_everything_saved(script, workspace, tmp_path):
+    sft = {**SUPERVISED, "dataset_mixer": {str(workspace / "chats"): 1.0}}
+    changes = {"num_train_epochs": 300, "dataloader_num_workers": 1, "dataloader_persistent_workers": True}
+    recipe = recipe_file(workspace, tmp_path, **changes, **(sft if script == "run_sft.py" else {}))
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, f"scripts/{script}", recipe], cwd=ROOT, stdout=log, stderr=log, start_new_session=True,
+            env={**environment(), "HF_DATASETS_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+    records = tmp_path / "run/metrics.jsonl"
+    try:
+        while not records.exists() or len(records.read_bytes().splitlines()) < 5:
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGTERM)
+        assert process.wait(timeout=60) == 75, (tmp_path / "log").read_text()
+    finally:
+        process.kill()
+    assert len(list((tmp_path / "run").glob("checkpoint-*/manifest.json"))) == 1

@@ -42,9 +42,21 @@ def test_a_bf16_checkpoint_is_loaded_in_float32_unless_the_recipe_says_otherwise
     assert {parameter.dtype for parameter in model.parameters()} == {loaded}
 
 
-def test_recipe_settings_reach_from_pretrained_in_words_that_json_knows(tmp_path):
+@pytest.fixture
+def unquantised(tmp_path) -> str:
+    """A folder with a model's configuration, of which no more is read before its weights are."""
+    tiny_model().config.save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+def test_recipe_settings_reach_from_pretrained_in_words_that_json_knows(unquantised, tmp_path):
     model_args = ModelArguments(
-        model_revision="v2", attn_implementation="sdpa", use_peft=True, load_in_4bit=True, use_bnb_nested_quant=True
+        model_name_or_path=unquantised,
+        model_revision="v2",
+        attn_implementation="sdpa",
+        use_peft=True,
+        load_in_4bit=True,
+        use_bnb_nested_quant=True,
     )
     kwargs = model_init_kwargs(model_args, training_args(tmp_path))
     assert json.loads(json.dumps(kwargs)) == {
@@ -64,16 +76,24 @@ def test_recipe_settings_reach_from_pretrained_in_words_that_json_knows(tmp_path
     }
 
 
-def test_4_bit_weights_compute_in_bf16_where_the_run_does(tmp_path):
-    model_args = ModelArguments(use_peft=True, load_in_4bit=True)
+def test_4_bit_weights_compute_in_bf16_where_the_run_does(unquantised, tmp_path):
+    model_args = ModelArguments(model_name_or_path=unquantised, use_peft=True, load_in_4bit=True)
     settings = model_init_kwargs(model_args, training_args(tmp_path, bf16=True))["quantization_config"]
     assert settings["bnb_4bit_compute_dtype"] == "bfloat16"
 
 
-def test_8_bit_weights_have_settings_of_their_own(tmp_path):
-    model_args = ModelArguments(use_peft=True, load_in_8bit=True)
+def test_8_bit_weights_have_settings_of_their_own(unquantised, tmp_path):
+    model_args = ModelArguments(model_name_or_path=unquantised, use_peft=True, load_in_8bit=True)
     settings = model_init_kwargs(model_args, training_args(tmp_path))["quantization_config"]
     assert settings == {"quant_method": "bitsandbytes", "load_in_8bit": True}
+
+
+def test_a_checkpoint_that_brings_its_own_quantisation_is_given_no_second_one(tmp_path):
+    config = tiny_model().config
+    config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    config.save_pretrained(tmp_path)
+    model_args = ModelArguments(model_name_or_path=str(tmp_path), use_peft=True, load_in_4bit=True)
+    assert "quantization_config" not in model_init_kwargs(model_args, training_args(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -81,11 +101,13 @@ def test_8_bit_weights_have_settings_of_their_own(tmp_path):
     [({}, True), ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, False), ({"ACCELERATE_USE_FSDP": "false"}, True)],
     ids=["whole", "FSDP", "FSDP off"],
 )
-def test_quantised_weights_are_loaded_onto_the_processs_device_unless_they_are_sharded(launch, placed, tmp_path, monkeypatch):
+def test_quantised_weights_are_loaded_onto_the_processs_device_unless_they_are_sharded(
+    launch, placed, unquantised, tmp_path, monkeypatch
+):
     args = training_args(tmp_path)
     for key, value in launch.items():
         monkeypatch.setenv(key, value)
-    kwargs = model_init_kwargs(ModelArguments(use_peft=True, load_in_8bit=True), args)
+    kwargs = model_init_kwargs(ModelArguments(model_name_or_path=unquantised, use_peft=True, load_in_8bit=True), args)
     assert kwargs.get("device_map") == ({"": "cpu"} if placed else None)
 
 

@@ -3,15 +3,19 @@
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
-from functools import partial
+from pathlib import Path
+from textwrap import dedent
 
+import psutil
 import pytest
 import torch
 
 from alignment.errors import TrainingStopped, UserError
-from alignment.signals import STOPPING, RunInterrupted, StopSignals, start_loader_worker
+from alignment.signals import STOPPING, RunInterrupted, StopSignals, outlast_signals
 
 TERM, USR1, INT = STOPPING
 each_signal = pytest.mark.parametrize("number", STOPPING, ids=lambda number: number.name)
@@ -147,14 +151,46 @@ class Slow(torch.utils.data.Dataset):
 
 @each_signal
 def test_a_loaders_workers_outlive_what_stops_the_run(number):
-    loader = torch.utils.data.DataLoader(Slow(), num_workers=2, worker_init_fn=partial(start_loader_worker, None))
-    batches = iter(loader)
-    seen = [next(batches).item()]
-    workers = multiprocessing.active_children()
+    batches = iter(outlast_signals(torch.utils.data.DataLoader(Slow(), num_workers=2)))
+    seen, workers = [next(batches).item()], multiprocessing.active_children()
     for worker in workers:
-        os.kill(worker.pid, number)
+        subprocess.run(["kill", f"-{number.value}", str(worker.pid)], check=True)
     assert seen + [batch.item() for batch in batches] == list(range(8))
-    del batches
     for worker in workers:
         worker.join(10)
         assert worker.exitcode == 0
+
+
+def test_a_process_that_exits_does_not_wait_for_the_workers_it_has_left():
+    script = """
+        from tests.unit.test_signals import Slow, outlast_signals, torch
+        loader = outlast_signals(torch.utils.data.DataLoader(Slow(), num_workers=2, persistent_workers=True))
+        batches = iter(loader)
+        next(batches)
+    """
+    subprocess.run([sys.executable, "-c", dedent(script)], cwd=Path(__file__).parents[2], check=True, timeout=60)
+
+
+def test_workers_end_with_a_process_that_was_killed():
+    def killed(pids: multiprocessing.Queue) -> None:
+        batches = iter(outlast_signals(torch.utils.data.DataLoader(Slow(), num_workers=2)))
+        next(batches)
+        pids.put([worker.pid for worker in multiprocessing.active_children()])
+        time.sleep(60)
+
+    pids = multiprocessing.get_context("fork").Queue()
+    process = multiprocessing.get_context("fork").Process(target=killed, args=(pids,))
+    process.start()
+    workers = pids.get(timeout=20)
+    process.kill()
+    end = time.monotonic() + 20  # they look after their parent every 5 seconds
+    while any(map(lives, workers)) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not any(map(lives, workers))
+
+
+def lives(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
