@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import get_model_param_count
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, TrainOutput
@@ -22,7 +23,7 @@ from .checkpoints import AUTOMATIC, RECIPE_FILE, STAGING, Identity, newest_whole
 from .errors import TrainingStopped
 from .hub import push_checkpoint
 from .run_folder import write_status
-from .signals import RunInterrupted, StopSignals
+from .signals import RunInterrupted, StopSignals, outlast_signals
 
 logger = logging.getLogger(__name__)
 
@@ -112,6 +113,9 @@ class DurableTrainer(Trainer):
             self.evaluation_due = self.is_stopping = True
             self.control.should_training_stop = True
             self._save_checkpoint(self.model, trial=None)
+
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        return outlast_signals(super()._get_dataloader(*args, **kwargs))
 
     # ---- Evaluation ----
 

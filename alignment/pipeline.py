@@ -1,5 +1,6 @@
 """One run, whatever the method: parse, check, load, train, save, evaluate, record."""
 
+import errno
 import logging
 import os
 import sys
@@ -49,6 +50,7 @@ from .strategy import save_whole_model, take_strategy
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,8 @@ def run(method: Method, argv: Sequence[str] | None = None) -> DurableTrainer | N
             if is_main and status and status["state"] != "finished":
                 state = "interrupted" if isinstance(error, RunInterrupted) else "failed"
                 write_status(run_.output_dir, state, reason=str(error))
+            if isinstance(error, OSError) and error.errno in DISK_FULL:
+                raise TrainingStopped(f"{error}. Checkpoints are as they were; with room, the same command goes on.") from error
             raise
 
 

@@ -12,7 +12,6 @@ from transformers.trainer_utils import EvalLoopOutput
 from alignment.durable import DurableTrainer
 from alignment.guards import GuardedSteps
 from alignment.metrics import RunningMeans
-from alignment.signals import outlast_signals
 
 BATCH_MEANS = ("entropy", "mean_token_accuracy")  # TRL's, over the tokens of a batch of all processes
 
@@ -40,7 +39,7 @@ class SFTTrainer(GuardedSteps, DurableTrainer, trl.SFTTrainer):
     def _get_dataloader(self, dataset: Dataset, description: str, *args: Any, **kwargs: Any) -> DataLoader:
         if description == "Evaluation" and self.args.world_size > 1:
             dataset = filled_up(dataset, self.args.eval_batch_size * self.args.world_size)
-        return outlast_signals(super()._get_dataloader(dataset, description, *args, **kwargs))
+        return super()._get_dataloader(dataset, description, *args, **kwargs)
 
     def evaluation_loop(
         self,

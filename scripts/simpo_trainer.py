@@ -28,7 +28,6 @@ from alignment.metrics import RunningMeans
 from alignment.models import disable_dropout, load_policy, parameter_dtype
 from alignment.prepare import longest_pair, to_tokens
 from alignment.shared_prompt import use_shared_prompts, why_not
-from alignment.signals import outlast_signals
 from alignment.throughput import Throughput, dense_flops
 from alignment.tokenization import SIDES, TOKEN_COLUMNS, LengthRules, tokenize_pairs
 
@@ -216,9 +215,6 @@ class SimPOTrainer(GuardedSteps, DurableTrainer):
             return super().get_train_dataloader()
         finally:
             self.data_collator = collator
-
-    def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
-        return outlast_signals(super()._get_dataloader(*args, **kwargs))
 
     def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device) -> tuple[list, StepSize | None]:
         """The micro-batches of one optimizer step, and how many pairs they are on all processes.

@@ -236,6 +236,7 @@ def places() -> dict[str, tuple[Any, str]]:
         "saving": (alignment.durable, "seal"),
         "optimizer": (SimPOTrainer, "_save_optimizer_and_scheduler"),
         "writing": (SimPOTrainer, "_save_rng_state"),
+        "figures": (SimPOTrainer, "save_metrics"),
         "the end": (alignment.pipeline, "save"),
         "pushing": (alignment.pipeline, "push_run"),
     }

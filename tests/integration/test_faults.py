@@ -340,6 +340,16 @@ def test_a_checkpoint_that_does_not_fit_is_no_end_of_the_run_and_leaves_no_torso
     assert_same_end(tmp_path, unbroken)
 
 
+def test_a_disk_that_is_full_after_training_is_one_message_and_the_same_command_goes_on(server, recipe, unbroken, tmp_path):
+    ended = server.run(str(recipe), f"--output_dir={tmp_path}", sabotage="full_disk_in", place="figures", limit=0)
+    assert ended.status == 1
+    assert "error: [Errno 27] File too large" in ended.printed
+    assert "Checkpoints are as they were; with room, the same command goes on." in ended.printed
+    assert "Traceback" not in ended.printed
+    go_on(server, recipe, tmp_path)
+    assert_same_end(tmp_path, unbroken)
+
+
 def test_or_it_is_the_end_if_the_recipe_says_so(server, recipe, tmp_path):
     options = ["--on_save_failure=stop", f"--output_dir={tmp_path}"]
     ended = server.run(str(recipe), *options, sabotage="little_room", free=1000)
