@@ -51,6 +51,12 @@ def save_workspace(folder: Path, train: int, held_out: int, **settings: Any) -> 
     return rows
 
 
+def save_chats(folder: Path, pairs: list[dict], train: int) -> None:
+    """The chosen conversations of pairs, for supervised tuning; those behind the first `train` are held out."""
+    chats = [{"messages": pair["chosen"]} for pair in pairs]
+    save_splits(folder, chats[:train], chats[train:])
+
+
 def recipe_keys(workspace: Path) -> dict[str, Any]:
     """Where a recipe finds what `save_workspace` saved."""
     return {"model_name_or_path": str(workspace / "model"), "dataset_mixer": {str(workspace / "pairs"): 1.0}}

@@ -14,7 +14,7 @@ from scripts.sft_config import SFTConfig
 from scripts.sft_trainer import SFTTrainer
 from tests import builders
 from tests.distributed.conftest import HELD_OUT, ROOT, environment, launcher_config, records
-from tests.workspaces import recipe_keys, save_model, save_splits, write_recipe
+from tests.workspaces import recipe_keys, save_chats, save_model, write_recipe
 
 SFT = Method(config=SFTConfig, trainer=SFTTrainer, data=CONVERSATIONS)
 RECIPE = {
@@ -39,8 +39,7 @@ FIGURES = ("eval_loss", "eval_entropy", "eval_mean_token_accuracy")
 def recipe(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("supervised")
     save_model(folder / "model", initializer_range=0.1)
-    rows = [{"messages": pair["chosen"]} for pair in builders.pairs(16 + HELD_OUT)]
-    save_splits(folder / "pairs", rows[:16], rows[16:])
+    save_chats(folder / "pairs", builders.pairs(16 + HELD_OUT), 16)
     return write_recipe(folder, {**RECIPE, **recipe_keys(folder)})
 
 

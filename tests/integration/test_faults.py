@@ -6,7 +6,6 @@ import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,49 +15,11 @@ from filelock import FileLock
 from alignment.run_folder import LOCK_FILE, read_status
 from tests import builders
 from tests.forked import ROOT, Ended, Server, free_port
-from tests.workspaces import read_jsonl, recipe_keys, save_model, save_workspace, write_recipe
+from tests.workspaces import read_jsonl, save_model, write_recipe
 
 STEPS = 8
-RECIPE = {
-    "preprocessing": "exact",
-    "use_cpu": True,
-    "beta": 2.5,
-    "sft_weight": 0.1,
-    "max_length": 160,
-    "max_prompt_length": 80,
-    "learning_rate": 1e-3,
-    "num_train_epochs": 2,
-    "per_device_train_batch_size": 2,
-    "total_train_batch_size": 4,
-    "per_device_eval_batch_size": 2,
-    "eval_strategy": "steps",
-    "eval_steps": 3,
-    "logging_steps": 3,  # no multiple of save_steps: sums have to survive
-    "save_steps": 2,
-    "use_peft": True,
-    "lora_r": 4,
-    "lora_target_modules": ["all-linear"],
-    "lora_dropout": 0.1,
-    "disable_dropout": False,  # random numbers have to survive too
-    "report_to": "none",
-    "disable_tqdm": True,
-}
 TIMING = ("second", "runtime", "memory")
 END = "adapter_model.safetensors"
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory) -> Iterator[Server]:
-    server = Server(tmp_path_factory.mktemp("server"))
-    yield server
-    server.close()
-
-
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("faults")
-    save_workspace(folder, 16, 6, initializer_range=0.1)
-    return write_recipe(folder, {**RECIPE, **recipe_keys(folder)})
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """What a run knows beside its weights outlives an interruption: the best step, the evaluations that are due, the way on."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,8 +9,7 @@ import pytest
 from alignment.checkpoints import read_facts
 from alignment.run_folder import read_status
 from tests.forked import Ended, Server
-from tests.integration.test_faults import END, RECIPE, TIMING, assert_same_end, go_on, metrics, steps
-from tests.workspaces import recipe_keys, save_workspace, write_recipe
+from tests.integration.test_faults import END, TIMING, assert_same_end, go_on, metrics, steps
 
 STEPS_PER_EPOCH = 4
 BATCHES = 3  # of an evaluation
@@ -20,20 +19,6 @@ BEST = [
     "--use_peft=false", "--disable_dropout=true", "--learning_rate=0.03", "--load_best_model_at_end=true",
     "--metric_for_best_model=loss", "--eval_steps=2", "--save_steps=2",
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory) -> Iterator[Server]:
-    server = Server(tmp_path_factory.mktemp("server"))
-    yield server
-    server.close()
-
-
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("interrupted")
-    save_workspace(folder, 16, 6, initializer_range=0.1)
-    return write_recipe(folder, {**RECIPE, **recipe_keys(folder)})
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from scripts.sft_trainer import SFTTrainer
 from scripts.simpo_config import SimPOConfig
 from scripts.simpo_trainer import SimPOTrainer
 from tests import builders
-from tests.workspaces import recipe_of_run, save_splits, save_workspace
+from tests.workspaces import recipe_of_run, save_chats, save_workspace
 
 ROOT = Path(__file__).parents[2]
 SIMPO = Method(config=SimPOConfig, trainer=SimPOTrainer, data=PAIRS)
@@ -34,8 +34,7 @@ GPU_KEYS = {"bf16": True, "tf32": True, "attn_implementation": "flash_attention_
 def workspace(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("workspace")
     rows = save_workspace(folder, 8, 6, initializer_range=0.1)
-    chats = [{"messages": row["chosen"]} for row in rows]
-    save_splits(folder / "chats", chats[:8], chats[8:])
+    save_chats(folder / "chats", rows, 8)
     return folder
 
 

@@ -24,7 +24,7 @@ from scripts.sft_trainer import SFTTrainer
 from scripts.simpo_config import SimPOConfig
 from scripts.simpo_trainer import SimPOTrainer
 from tests import builders, reference
-from tests.workspaces import held_out_tokens, read_jsonl, recipe_of_run, save_splits, save_workspace
+from tests.workspaces import held_out_tokens, read_jsonl, recipe_of_run, save_chats, save_workspace
 
 ROOT = Path(__file__).parents[2]
 SIMPO = Method(config=SimPOConfig, trainer=SimPOTrainer, data=PAIRS)
@@ -57,8 +57,7 @@ def workspace(tmp_path_factory) -> Path:
     """A model, 16 + 6 pairs and as many conversations."""
     folder = tmp_path_factory.mktemp("workspace")
     rows = save_workspace(folder, 16, 6, initializer_range=0.1)
-    chats = [{"messages": row["chosen"]} for row in rows]
-    save_splits(folder / "chats", chats[:16], chats[16:])
+    save_chats(folder / "chats", rows, 16)
     return folder
 
 
