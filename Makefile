@@ -24,7 +24,7 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 	@echo "Installed: $$($(RUN) --version), torch $$($(RUN) -c 'from importlib.metadata import version; print(version("torch"))')"
 
 quickstart: $(STAMP)
-	@$(RUN) scripts/quickstart.py
+	@$(RUN) scripts/quickstart/run.py
 
 test: $(STAMP)
 	@$(RUN) -m pytest -n 2 --dist loadfile

@@ -21,9 +21,16 @@ from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
 
-from .adapter_checks import check_adapters
-from .adapters import base_identity, settle_adapter, starting_point
-from .checkpoints import (
+from .data.splits import DataKind, fingerprint, ready_tokenizer, tokenized_splits
+from .errors import TrainingStopped, UserError
+from .launch.launch import check_launch, outwait_compilers
+from .launch.strategy import save_whole_model, take_strategy
+from .model.adapter_checks import check_adapters
+from .model.adapters import base_identity, settle_adapter, starting_point
+from .model.loading import check_attention, check_model_path, model_init_kwargs
+from .recipe.configs import DataArguments, ModelArguments, Run, RunArguments
+from .recipe.parser import H4ArgumentParser, full_recipe
+from .run.checkpoints import (
     AFRESH,
     Checkpoint,
     Identity,
@@ -34,19 +41,12 @@ from .checkpoints import (
     refuse_other_layout,
     refuse_other_recipe,
 )
-from .configs import DataArguments, ModelArguments, Run, RunArguments
-from .durable import DurableTrainer, EvaluationCut, layout
-from .errors import TrainingStopped, UserError
-from .failures import record_crash, report
-from .hub import bounded, check_hub, push_run, repository_name
-from .launch import check_launch, outwait_compilers
-from .models import check_attention, check_model_path, model_init_kwargs
-from .parser import H4ArgumentParser, full_recipe
-from .records import RunRecords, write_jsonl, write_run_folder
-from .run_folder import find_launch, mark_launch, only_writer, read_status, write_status
-from .signals import RunInterrupted, StopSignals
-from .splits import DataKind, fingerprint, ready_tokenizer, tokenized_splits
-from .strategy import save_whole_model, take_strategy
+from .run.durable import DurableTrainer, EvaluationCut, layout
+from .run.failures import record_crash, report
+from .run.hub import bounded, check_hub, push_run, repository_name
+from .run.records import RunRecords, write_jsonl, write_run_folder
+from .run.run_folder import find_launch, mark_launch, only_writer, read_status, write_status
+from .run.signals import RunInterrupted, StopSignals
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -341,7 +341,7 @@ def finish(trainer: Trainer, run_: Run) -> None:
     """The card and the curves."""
     trainer.save_state()
     if trainer.is_world_process_zero():
-        from .review.plots import plot_curves, read_metrics  # matplotlib takes a second to import
+        from .report.curves import plot_curves, read_metrics  # matplotlib takes a second to import
 
         plot_curves(read_metrics(run_.output_dir / "metrics.jsonl"), run_.output_dir / "curves.png", run_.output_dir.name)
     if trainer.args.push_to_hub:

@@ -27,9 +27,9 @@ import datasets
 from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from alignment.chat import TEXT_COLUMNS, find_chat_template, pair_texts
-from alignment.prepare import to_tokens
-from alignment.tokenization import SIDES, LengthRules
+from alignment.data.chat import TEXT_COLUMNS, find_chat_template, pair_texts
+from alignment.data.prepare import to_tokens
+from alignment.data.tokenization import SIDES, LengthRules
 from tests import builders, reference
 
 RULES = LengthRules(max_length=2048, max_prompt_length=1800, truncation_mode="keep_end", preprocessing="published")

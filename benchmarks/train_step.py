@@ -38,9 +38,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.utils import get_peak_flops
 
-from alignment.collate import PackedCollator, PaddedCollator, Row
-from alignment.throughput import dense_flops, peak_memory_gb
-from alignment.tokenization import LengthRules, tokenize_pairs
+from alignment.data.tokenization import LengthRules, tokenize_pairs
+from alignment.preference.collate import PackedCollator, PaddedCollator, Row
+from alignment.preference.throughput import dense_flops
+from alignment.run.guards import peak_memory_gb
 from benchmarks.tokenization import load_tokenizer, machine, ratio, rendered_pairs
 from scripts.simpo_config import SimPOConfig
 from scripts.simpo_trainer import SimPOTrainer

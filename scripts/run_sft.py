@@ -1,7 +1,7 @@
 """Tune a language model on conversations, the stage before SimPO: `accelerate launch ... scripts/run_sft.py RECIPE.yaml`."""
 
+from alignment.data.splits import CONVERSATIONS
 from alignment.pipeline import Method, main
-from alignment.splits import CONVERSATIONS
 from scripts.sft_config import SFTConfig
 from scripts.sft_trainer import SFTTrainer
 

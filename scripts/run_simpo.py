@@ -1,7 +1,7 @@
 """Train a language model on preference pairs with SimPO: `accelerate launch ... scripts/run_simpo.py RECIPE.yaml`."""
 
+from alignment.data.splits import PAIRS
 from alignment.pipeline import Method, main
-from alignment.splits import PAIRS
 from scripts.simpo_config import SimPOConfig
 from scripts.simpo_trainer import SimPOTrainer
 

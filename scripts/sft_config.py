@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import trl
 
-from alignment.configs import RunArguments
+from alignment.recipe.configs import RunArguments
 
 
 @dataclass

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput
 
-from alignment.durable import DurableTrainer
-from alignment.guards import GuardedSteps
-from alignment.metrics import RunningMeans
+from alignment.preference.metrics import RunningMeans
+from alignment.run.durable import DurableTrainer
+from alignment.run.guards import GuardedSteps
 
 BATCH_MEANS = ("entropy", "mean_token_accuracy")  # TRL's, over the tokens of a batch of all processes
 

@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 from transformers import TrainingArguments
 
-from alignment.configs import RunArguments, choice_problem, positive_problem
+from alignment.data.tokenization import LengthRules
 from alignment.errors import Problem
-from alignment.tokenization import LengthRules
+from alignment.recipe.configs import RunArguments, choice_problem, positive_problem
 
 CHOICES = {
     "loss_type": ("sigmoid", "hinge"),

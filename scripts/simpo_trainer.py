@@ -15,21 +15,21 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-from alignment.adapters import add_adapter
-from alignment.card import simpo_card
-from alignment.chat import TEXT_COLUMNS
-from alignment.collate import Batch, PackedCollator, PaddedCollator, RowCollator, token_bounded
-from alignment.durable import DurableTrainer
+from alignment.data.chat import TEXT_COLUMNS
+from alignment.data.prepare import longest_pair, to_tokens
+from alignment.data.tokenization import SIDES, TOKEN_COLUMNS, LengthRules, tokenize_pairs
 from alignment.errors import UserError
-from alignment.guards import GuardedSteps, NonFiniteStep
-from alignment.head import add_lm_head
-from alignment.losses import response_sums, simpo_loss
-from alignment.metrics import RunningMeans
-from alignment.models import disable_dropout, load_policy, parameter_dtype
-from alignment.prepare import longest_pair, to_tokens
-from alignment.shared_prompt import use_shared_prompts, why_not
-from alignment.throughput import Throughput, dense_flops
-from alignment.tokenization import SIDES, TOKEN_COLUMNS, LengthRules, tokenize_pairs
+from alignment.model.adapters import add_adapter
+from alignment.model.head import add_lm_head
+from alignment.model.loading import disable_dropout, load_policy, parameter_dtype
+from alignment.model.shared_prompt import use_shared_prompts, why_not
+from alignment.preference.collate import Batch, PackedCollator, PaddedCollator, RowCollator, token_bounded
+from alignment.preference.losses import response_sums, simpo_loss
+from alignment.preference.metrics import RunningMeans
+from alignment.preference.throughput import Throughput, dense_flops
+from alignment.report.card import simpo_card
+from alignment.run.durable import DurableTrainer
+from alignment.run.guards import GuardedSteps, NonFiniteStep
 
 from .simpo_config import SimPOConfig
 
@@ -63,7 +63,7 @@ class SimPOTrainer(GuardedSteps, DurableTrainer):
 
     model: a path or Hub name, loaded with args.model_init_kwargs, or a model.
     train_dataset, eval_dataset: rows of text (columns prompt, chosen, rejected) or of token ids (see
-    `alignment.tokenization.TOKEN_COLUMNS`, with index); eval_dataset may be a dict of several.
+    `alignment.data.tokenization.TOKEN_COLUMNS`, with index); eval_dataset may be a dict of several.
     processing_class: the tokenizer.
     peft_config: adds an adapter, and trains only that.
 
@@ -133,7 +133,7 @@ class SimPOTrainer(GuardedSteps, DurableTrainer):
     # ---- The objective ----
 
     def concatenated_forward(self, model: nn.Module, batch: Batch) -> PairScores:
-        """Score B pairs in one forward, over 2B padded rows or one packed row (see alignment.collate)."""
+        """Score B pairs in one forward, over 2B padded rows or one packed row (see alignment.preference.collate)."""
         inputs = {key: batch[key] for key in FORWARD_COLUMNS if key in batch}
         output = model(**inputs, use_cache=False, fused_lm_head=True)
         logps, tokens = response_sums(output.log_probs, batch["is_response"])  # (2B,) nats, (2B,) tokens
@@ -142,7 +142,7 @@ class SimPOTrainer(GuardedSteps, DurableTrainer):
         return PairScores(*columns, router_loss=output.get("aux_loss"))
 
     def simpo_loss(self, policy_chosen_logps: Tensor, policy_rejected_logps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Losses, chosen rewards and rejected rewards, each (B,), of (B,) mean log-probabilities; see alignment.losses."""
+        """Losses, chosen rewards and rejected rewards, each (B,), of (B,) mean log-probabilities; see preference.losses."""
         losses = simpo_loss(
             policy_chosen_logps,
             policy_rejected_logps,

@@ -23,7 +23,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from alignment.chat import TEXT_COLUMNS, Turns, pair_texts, shipped_template
+from alignment.data.chat import TEXT_COLUMNS, Turns, pair_texts, shipped_template
 
 VOCABULARY = 512
 BOS, EOS, PAD = "<|begin_of_text|>", "<|eot_id|>", "<|pad|>"

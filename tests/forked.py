@@ -225,15 +225,15 @@ def die_in(rank: int, place: str, number: int, ranks: list[int]) -> None:
 
 def places() -> dict[str, tuple[Any, str]]:
     """Functions that a run passes through: owner and name."""
-    import alignment.durable
     import alignment.pipeline
+    import alignment.run.durable
     from scripts.simpo_trainer import SimPOTrainer
 
     return {
         "preparation": (alignment.pipeline, "tokenized_splits"),
         "training": (SimPOTrainer, "compute_loss"),
         "evaluation": (SimPOTrainer, "prediction_step"),
-        "saving": (alignment.durable, "seal"),
+        "saving": (alignment.run.durable, "seal"),
         "optimizer": (SimPOTrainer, "_save_optimizer_and_scheduler"),
         "writing": (SimPOTrainer, "_save_rng_state"),
         "figures": (SimPOTrainer, "save_metrics"),
@@ -243,8 +243,8 @@ def places() -> dict[str, tuple[Any, str]]:
 
 
 def simpo_main(argv: list[str]) -> None:
+    from alignment.data.splits import PAIRS
     from alignment.pipeline import Method, main
-    from alignment.splits import PAIRS
     from scripts.simpo_config import SimPOConfig
     from scripts.simpo_trainer import SimPOTrainer
 

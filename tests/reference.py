@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from alignment.tokenization import LengthRules
+from alignment.data.tokenization import LengthRules
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

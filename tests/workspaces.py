@@ -9,12 +9,12 @@ import yaml
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from alignment.configs import DataArguments
-from alignment.data import get_datasets
-from alignment.prepare import to_pair_texts, to_tokens
-from alignment.records import write_jsonl
-from alignment.splits import PAIRS
-from alignment.tokenization import LengthRules
+from alignment.data.mixing import get_datasets
+from alignment.data.prepare import to_pair_texts, to_tokens
+from alignment.data.splits import PAIRS
+from alignment.data.tokenization import LengthRules
+from alignment.recipe.configs import DataArguments
+from alignment.run.records import write_jsonl
 from tests import builders
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from alignment.data.splits import CONVERSATIONS
 from alignment.pipeline import Method, run
-from alignment.splits import CONVERSATIONS
 from scripts.sft_config import SFTConfig
 from scripts.sft_trainer import SFTTrainer
 from tests import builders

@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from alignment.configs import DataArguments
-from alignment.data import get_datasets
-from alignment.prepare import to_pair_texts, to_tokens
-from alignment.splits import PAIRS
-from alignment.tokenization import LengthRules
+from alignment.data.mixing import get_datasets
+from alignment.data.prepare import to_pair_texts, to_tokens
+from alignment.data.splits import PAIRS
+from alignment.data.tokenization import LengthRules
+from alignment.recipe.configs import DataArguments
 from tests import builders, reference
 from tests.distributed.conftest import (
     BETA,

@@ -19,12 +19,12 @@ import torch
 from accelerate.utils import DeepSpeedPlugin
 from safetensors.torch import load_file
 
-import alignment.adapters
+import alignment.model.adapters
 import scripts.simpo_trainer
+from alignment.data.splits import PAIRS
 from alignment.errors import TrainingStopped
+from alignment.launch.strategy import ShardingCheck, local_size, strategy_of
 from alignment.pipeline import Method, run
-from alignment.splits import PAIRS
-from alignment.strategy import ShardingCheck, local_size, strategy_of
 from scripts.simpo_config import SimPOConfig
 from scripts.simpo_trainer import SimPOTrainer
 from tests.distributed import cpu_fsdp
@@ -115,7 +115,7 @@ def carry_out(job: dict[str, Any]) -> dict[str, Any]:
     with (
         mock.patch.dict(os.environ, job.get("environment", {})),
         observed(facts, scripts.simpo_trainer, "load_policy", loaded),
-        observed(facts, alignment.adapters, "load_policy", loaded),
+        observed(facts, alignment.model.adapters, "load_policy", loaded),
         observed(facts, SimPOTrainer, "concatenated_forward", lambda scores, *_: scored(scores)),
         observed(facts, ShardingCheck, "on_train_begin", prepared),
         sabotage(),

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from alignment.data.splits import PAIRS
+from alignment.data.tokenization import SIDES
 from alignment.pipeline import Method, run
-from alignment.splits import PAIRS
-from alignment.tokenization import SIDES
 from scripts.simpo_config import SimPOConfig
 from scripts.simpo_trainer import SimPOTrainer
 

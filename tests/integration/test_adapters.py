@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
-from alignment.adapters import keep_4bit_layout, merge_once
-from alignment.configs import ModelArguments
+from alignment.data.splits import CONVERSATIONS, PAIRS
 from alignment.errors import UserError
-from alignment.models import find_adapter, load_policy
+from alignment.model.adapters import keep_4bit_layout, merge_once
+from alignment.model.loading import find_adapter, load_policy
 from alignment.pipeline import Method, main, run
-from alignment.splits import CONVERSATIONS, PAIRS
+from alignment.recipe.configs import ModelArguments
 from scripts.sft_config import SFTConfig
 from scripts.sft_trainer import SFTTrainer
 from scripts.simpo_config import SimPOConfig
@@ -136,7 +136,7 @@ def test_a_model_that_was_saved_in_4_bits_is_trained_on_as_it_is(asked, quantise
 
 
 def test_a_second_process_reads_a_model_that_was_saved_in_4_bits(quantised, monkeypatch):
-    monkeypatch.setattr("alignment.models.receives_weights", lambda environment: True)
+    monkeypatch.setattr("alignment.model.loading.receives_weights", lambda environment: True)
     model = load_policy(str(quantised), dtype="float32")
     assert model.is_quantized
 

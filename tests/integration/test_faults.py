@@ -12,7 +12,7 @@ import pytest
 import yaml
 from filelock import FileLock
 
-from alignment.run_folder import LOCK_FILE, read_status
+from alignment.run.run_folder import LOCK_FILE, read_status
 from tests import builders
 from tests.forked import ROOT, Ended, Server, free_port
 from tests.workspaces import read_jsonl, save_model, write_recipe

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from alignment.run_folder import read_status
+from alignment.run.run_folder import read_status
 from tests.fakehub import FakeHub, Trouble
 from tests.forked import Ended, Server
 from tests.workspaces import recipe_keys, save_workspace, write_recipe

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from alignment.checkpoints import read_facts
-from alignment.run_folder import read_status
+from alignment.run.checkpoints import read_facts
+from alignment.run.run_folder import read_status
 from tests.forked import Ended, Server
 from tests.integration.test_faults import END, TIMING, assert_same_end, go_on, metrics, steps
 

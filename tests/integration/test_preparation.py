@@ -12,10 +12,12 @@ import pyarrow as pa
 import pytest
 from datasets import config as datasets_config
 
-from alignment import chat, pipeline, prepare, tokenization
+from alignment import pipeline
+from alignment.data import chat, tokenization
+from alignment.data.splits import CONVERSATIONS, PAIRS
+from alignment.launch.turns import one_process_at_a_time
 from alignment.pipeline import Method, main, run
-from alignment.records import write_jsonl
-from alignment.splits import CONVERSATIONS, PAIRS
+from alignment.run.records import write_jsonl
 from scripts.sft_config import SFTConfig
 from scripts.sft_trainer import SFTTrainer
 from scripts.simpo_config import SimPOConfig
@@ -178,10 +180,10 @@ def test_who_waits_says_so_and_no_lock_outlives_its_holder(tmp_path, caplog):
     lock, entered = tmp_path / "new/lock", threading.Event()
 
     def other() -> None:
-        with prepare.one_process_at_a_time(lock, "tokenizing"):
+        with one_process_at_a_time(lock, "tokenizing"):
             entered.set()
 
-    with caplog.at_level("INFO", "alignment"), prepare.one_process_at_a_time(lock, "tokenizing"):
+    with caplog.at_level("INFO", "alignment"), one_process_at_a_time(lock, "tokenizing"):
         waiting = threading.Thread(target=other)
         waiting.start()
         assert not entered.wait(1.5)

@@ -17,8 +17,8 @@ from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from alignment.data.splits import CONVERSATIONS, PAIRS
 from alignment.pipeline import Method, main, run
-from alignment.splits import CONVERSATIONS, PAIRS
 from scripts.sft_config import SFTConfig
 from scripts.sft_trainer import SFTTrainer
 from scripts.simpo_config import SimPOConfig

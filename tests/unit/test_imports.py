@@ -1,4 +1,7 @@
-"""Imports go one way: scripts -> alignment, and inside alignment from the end of ORDER towards its beginning."""
+"""Imports go one way: scripts -> alignment, and inside alignment from the end of ORDER towards its beginning.
+
+Between wings first: whatever a file takes from another wing comes from one before its own. Between files of a wing second.
+"""
 
 import ast
 import importlib.util
@@ -8,43 +11,18 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 
-# A file of alignment imports only files that stand before it here. Files of a folder (review) share one place.
-ORDER = [
-    "__init__",
-    "errors",
-    "launch",
-    "strategy",
-    "losses",
-    "chat",
-    "tokenization",
-    "configs",
-    "values",
-    "parser",
-    "sources",
-    "rows",
-    "data",
-    "prepare",
-    "models",
-    "adapters",
-    "adapter_checks",
-    "head",
-    "shared_prompt",
-    "throughput",
-    "collate",
-    "metrics",
-    "guards",
-    "card",
-    "checkpoints",
-    "run_folder",
-    "signals",
-    "hub",
-    "durable",
-    "review",
-    "failures",
-    "splits",
-    "records",
-    "pipeline",
-]
+# A wing, or a file beside the wings, imports only what stands before it here; so does a file among those of its wing.
+ORDER = {
+    "errors": [],
+    "report": ["card", "curves"],
+    "launch": ["launch", "strategy", "turns"],
+    "recipe": ["values", "parser", "configs"],
+    "model": ["loading", "adapters", "adapter_checks", "head", "shared_prompt"],
+    "data": ["sources", "rows", "mixing", "chat", "tokenization", "prepare", "splits"],
+    "run": ["run_folder", "signals", "checkpoints", "hub", "guards", "durable", "failures", "records"],
+    "preference": ["losses", "collate", "metrics", "throughput"],
+    "pipeline": [],
+}
 CODE_FOLDERS = ("alignment", "scripts", "on_policy_data_gen", "eval", "benchmarks")
 
 
@@ -68,17 +46,20 @@ def imports_of(path: Path) -> set[str]:
     return imported_names((ROOT / path).read_text(encoding="utf-8"), package=".".join(path.parts[:-1]))
 
 
-def place(name: str) -> int:
-    """Of a module of alignment, in ORDER."""
-    layer = name.split(".")[1] if "." in name else "__init__"
-    assert layer in ORDER, f"alignment/{layer}.py has no place yet: add it to ORDER, behind everything that it imports"
-    return ORDER.index(layer)
+def module_of(path: Path) -> str:
+    return ".".join(path.with_suffix("").parts).removesuffix(".__init__")
+
+
+def place(name: str) -> tuple[int, int]:
+    """Of a module of alignment, or of a name in one, in ORDER: its wing's and its own; -1 for a package's `__init__`."""
+    _, wing, file, *_ = [*name.split("."), "", ""]
+    return (list(ORDER).index(wing), ORDER[wing].index(file) if file in ORDER[wing] else -1) if wing in ORDER else (-1, -1)
 
 
 def climbing_imports(source: str, package: str, module: str) -> list[str]:
-    highest = place(module) if module.count(".") > 1 else place(module) - 1  # files of a folder may import one another
+    """What a wing or a file takes from itself or from what stands behind it. A package's `__init__` is before its files."""
     names = (name for name in imported_names(source, package) if name.split(".")[0] == "alignment")
-    return sorted(name for name in names if place(name) > highest)
+    return sorted(name for name in names if place(name) >= place(module))
 
 
 def importers(package: str) -> list[str]:
@@ -88,30 +69,46 @@ def importers(package: str) -> list[str]:
     return [path.as_posix() for path in python_files(*CODE_FOLDERS) if any(map(belongs, imports_of(path)))]
 
 
+def test_every_file_of_alignment_has_a_place():
+    files = {".".join(path.with_suffix("").parts[1:]) for path in python_files("alignment") if path.stem != "__init__"}
+    placed = {f"{wing}.{file}" for wing, files in ORDER.items() for file in files}
+    assert files == placed | {name for name, files in ORDER.items() if not files}
+
+
+def test_a_wing_says_what_it_is_for_and_holds_nothing_else():
+    for wing in (name for name, files in ORDER.items() if files):
+        (docstring,) = ast.parse((ROOT / "alignment" / wing / "__init__.py").read_text(encoding="utf-8")).body
+        assert ast.get_docstring(ast.Module([docstring], [])), wing
+
+
 @pytest.mark.parametrize("path", python_files("alignment"), ids=str)
-def test_a_file_of_alignment_imports_only_files_before_it(path):
-    module = ".".join(path.with_suffix("").parts).removesuffix(".__init__")
+def test_a_file_of_alignment_imports_only_what_stands_before_it(path):
     package = ".".join(path.parts[:-1])
-    assert climbing_imports((ROOT / path).read_text(encoding="utf-8"), package, module) == []
+    assert climbing_imports((ROOT / path).read_text(encoding="utf-8"), package, module_of(path)) == []
 
 
 @pytest.mark.parametrize(
     "statement",
     [
-        "from .pipeline import run",
-        "from . import pipeline",
+        "from ..pipeline import run",
+        "from .. import pipeline",
         "import alignment.pipeline",
         "def f():\n    from alignment import pipeline",
     ],
 )
 def test_an_import_that_climbs_is_found_however_it_is_written(statement):
-    assert "alignment.pipeline" in climbing_imports(statement, "alignment", "alignment.chat")
+    assert "alignment.pipeline" in climbing_imports(statement, "alignment.data", "alignment.data.chat")
 
 
-def test_files_of_the_review_may_import_one_another_but_not_the_pipeline():
-    source = "from .plots import draw\nfrom ..errors import UserError\nfrom ..pipeline import run"
-    climbing = climbing_imports(source, "alignment.review", "alignment.review.report")
-    assert climbing == ["alignment.pipeline", "alignment.pipeline.run"]
+def test_a_wing_does_not_import_one_behind_it_though_its_own_file_stands_late():
+    source = "from ..data.sources import TRAIN\nfrom ..recipe.configs import Run"
+    climbing = climbing_imports(source, "alignment.model", "alignment.model.shared_prompt")
+    assert climbing == ["alignment.data.sources", "alignment.data.sources.TRAIN"]
+
+
+def test_a_file_does_not_import_one_behind_it_in_its_own_wing():
+    source = "from . import chat, splits\nfrom .mixing import damaged"
+    assert climbing_imports(source, "alignment.data", "alignment.data.prepare") == ["alignment.data.splits"]
 
 
 def test_alignment_never_imports_scripts():
@@ -122,8 +119,8 @@ def test_parts_of_trl_that_may_vanish_are_imported_by_one_file_at_most():
     assert len(importers("trl.experimental")) <= 1
 
 
-def test_only_the_plots_import_matplotlib():
-    assert importers("matplotlib") == ["alignment/review/plots.py"]
+def test_only_the_curves_import_matplotlib():
+    assert importers("matplotlib") == ["alignment/report/curves.py"]
 
 
 def test_only_the_decoder_imports_vllm():

@@ -8,12 +8,12 @@ import pytest
 import yaml
 from datasets import Dataset, concatenate_datasets, load_dataset
 
-from alignment.configs import DataArguments, ModelArguments, Run
+from alignment.data.splits import fingerprint
 from alignment.errors import UserError
 from alignment.pipeline import is_finished, refuse_other_end, refuse_restart_of_a_stop, where_to_begin
-from alignment.run_folder import write_status
-from alignment.signals import RunInterrupted
-from alignment.splits import fingerprint
+from alignment.recipe.configs import DataArguments, ModelArguments, Run
+from alignment.run.run_folder import write_status
+from alignment.run.signals import RunInterrupted
 from scripts.simpo_config import SimPOConfig
 from tests.builders import token_rows
 

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from alignment.configs import DataArguments, ModelArguments
-from alignment.parser import H4ArgumentParser
-from scripts import quickstart
-from scripts.quickstart_model import MAX_NEW_TOKENS, train_tokenizer
-from scripts.quickstart_task import (
+from alignment.recipe.configs import DataArguments, ModelArguments
+from alignment.recipe.parser import H4ArgumentParser
+from scripts.quickstart import run as quickstart
+from scripts.quickstart.model import MAX_NEW_TOKENS, train_tokenizer
+from scripts.quickstart.task import (
     conversation,
     conversation_rows,
     follows_rule,

@@ -19,16 +19,29 @@ def named_recipes(cell: str) -> list[str]:
     return [first, *(first.rsplit("-", 1)[0] + name for name in rest)]
 
 
-def test_the_tree_has_a_line_for_every_file_of_the_code():
+def files_in_the_tree() -> set[str]:
+    """Paths of the files that it names, each in the folder whose line they stand in or below."""
+    folders: list[tuple[int, str]] = []  # that the line stands in: indentation and path
+    files = set()
+    for line in TREE.splitlines():
+        indentation, first = len(line) - len(line.lstrip()), line.split()[0]
+        if first.endswith("/") or "." in first:
+            folders = [folder for folder in folders if folder[0] < indentation]
+        if first.endswith("/"):
+            folders.append((indentation, "/".join([*(path for _, path in folders[-1:]), first[:-1]])))
+        path = folders[-1][1] if folders else "."
+        files |= {(Path(path) / name).as_posix() for name in re.findall(r"\b[\w/]+\.(?:py|txt)\b", line)}
+    return files
+
+
+def test_the_tree_names_every_file_of_the_code_in_its_folder():
     code = [path for folder in ("alignment", "scripts", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
-    missing = [path.name for path in code if path.name != "__init__.py" and path.name not in TREE]
-    assert missing == []
+    assert {path.relative_to(ROOT).as_posix() for path in code if path.name != "__init__.py"} <= files_in_the_tree()
 
 
 def test_every_file_in_the_tree_exists():
-    names = re.findall(r"[\w/]+\.(?:py|txt)\b", TREE)
-    assert len(names) > 20
-    assert [name for name in names if not list(ROOT.glob(name)) and not list(ROOT.glob(f"*/{name}"))] == []
+    assert len(files_in_the_tree()) > 40
+    assert [path for path in sorted(files_in_the_tree()) if not (ROOT / path).is_file()] == []
 
 
 def test_the_table_names_every_recipe():

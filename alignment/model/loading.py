@@ -1,0 +1,262 @@
+"""The tokenizer and the policy: where they come from, in which precision, without dropout."""
+
+import importlib.util
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from peft import PeftConfig
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+)
+from transformers.initialization import no_init_weights
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
+from transformers.utils import (
+    CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+    cached_file,
+    extract_commit_hash,
+    find_adapter_config_file,
+)
+
+from ..errors import UserError
+from ..launch.launch import launcher_strategy, receives_weights
+from ..recipe.configs import DataArguments, ModelArguments
+
+# Files that make a folder a model, also with an adapter beside them.
+WHOLE_WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
+
+
+class Source(NamedTuple):
+    """A folder, or a name on the Hub with its revision."""
+
+    name: str
+    revision: str | None
+
+
+class Adapter(NamedTuple):
+    """A LoRA adapter that model_name_or_path names, and the model that it was trained on."""
+
+    source: Source
+    base: Source
+    config: PeftConfig
+
+
+def find_adapter(model_args: ModelArguments) -> Adapter | None:
+    """The adapter at model_name_or_path; None where a whole model is. Raises UserError for one that cannot be trained on."""
+    source = Source(model_args.model_name_or_path, model_args.model_revision)
+    try:
+        config_file = find_adapter_config_file(source.name, revision=source.revision)
+    except (OSError, ValueError) as error:
+        raise UserError(unloadable("configuration", source.name, error)) from error
+    if config_file is None or any(Path(source.name, weights).is_file() for weights in WHOLE_WEIGHTS):
+        return None
+    config = PeftConfig.from_pretrained(Path(config_file).parent)
+    place = f"model_name_or_path = {source.name!r}"
+    if config.peft_type != "LORA":
+        raise UserError(f"{place}: is an adapter of type {config.peft_type.value}; only LoRA adapters can be trained on")
+    if not config.base_model_name_or_path:
+        raise UserError(f"{place}: is an adapter that names no base; add base_model_name_or_path to its adapter_config.json")
+    revision = model_args.base_model_revision or config.revision or "main"
+    return Adapter(source, Source(config.base_model_name_or_path, revision), config)
+
+
+def pinned(source: Source) -> Source:
+    """The same model, wherever and whenever it is read: a folder's whole path, or a Hub name with its commit."""
+    if Path(source.name).is_dir():
+        return Source(str(Path(source.name).resolve()), None)
+    commit = extract_commit_hash(cached_file(source.name, CONFIG_NAME, revision=source.revision), None)
+    return Source(source.name, commit or source.revision)
+
+
+def load_tokenizer(model_args: ModelArguments, data_args: DataArguments) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, or the one that the recipe names; padding falls back on eos, as published.
+
+    An adapter's is its own, or its base's where it has none.
+    """
+    path, revision = model_args.tokenizer_name_or_path or model_args.model_name_or_path, model_args.model_revision
+    if model_args.tokenizer_name_or_path is None and (adapter := find_adapter(model_args)) is not None:
+        own = cached_file(path, TOKENIZER_CONFIG_FILE, revision=revision, _raise_exceptions_for_missing_entries=False)
+        path, revision = (path, revision) if own else adapter.base
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=model_args.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError(unloadable("tokenizer", path, error)) from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if data_args.truncation_side is not None:
+        tokenizer.truncation_side = data_args.truncation_side
+    return tokenizer
+
+
+def unloadable(what: str, path: str, error: Exception) -> str:
+    return (
+        f"model_name_or_path = {path!r}: its {what} cannot be loaded ({first_line(error)}). Give a folder written by "
+        "save_pretrained, or a Hub name; a gated model needs `hf auth login`, one with its own code trust_remote_code."
+    )
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
+
+
+def check_attention(attn_implementation: str | None, *, use_cpu: bool) -> None:
+    """Raises UserError if the attention kernel cannot run here, before anything is loaded."""
+    if attn_implementation not in ("flash_attention_2", "flash_attention_3"):
+        return
+    where = f"attn_implementation = {attn_implementation}"
+    if use_cpu or not torch.cuda.is_available():
+        raise UserError(f"{where}: needs a GPU and there is none in use; set attn_implementation: sdpa")
+    package = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}[attn_implementation]
+    if importlib.util.find_spec(package) is None:
+        raise UserError(
+            f"{where}: the package {package} is not installed; run `pip install flash-attn --no-build-isolation`, or set "
+            "attn_implementation: sdpa"
+        )
+
+
+def parameter_dtype(torch_dtype: str | None) -> str:
+    """The precision that parameters are loaded in, by the published rule: null is float32.
+
+    Today's from_pretrained reads null as "the checkpoint's", bf16 for most models, in which AdamW steps round to nothing.
+    """
+    return "float32" if torch_dtype is None else torch_dtype
+
+
+def model_init_kwargs(model_args: ModelArguments, training_args: TrainingArguments) -> dict[str, Any]:
+    """Arguments of from_pretrained, in values that JSON knows."""
+    kwargs = {
+        "revision": model_args.model_revision,
+        "trust_remote_code": model_args.trust_remote_code,
+        "dtype": parameter_dtype(model_args.torch_dtype),
+        "attn_implementation": model_args.attn_implementation,
+        "code_revision": model_args.model_code_revision,
+        "quantization_config": quantization(model_args, training_args),
+        "device_map": device_map(model_args, training_args),
+    }
+    return {key: value for key, value in kwargs.items() if value is not None}
+
+
+def quantization(model_args: ModelArguments, training_args: TrainingArguments) -> dict[str, Any] | None:
+    """bitsandbytes settings; 4-bit weights compute in bf16 where the run does. None where the checkpoint brings its own."""
+    if not (model_args.load_in_8bit or model_args.load_in_4bit) or comes_quantised(check_model_path(model_args)):
+        return None  # transformers takes no second ones, not even the same
+    if model_args.load_in_8bit:
+        return {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "bnb_4bit_compute_dtype": "bfloat16" if training_args.bf16 else "float32",
+        "bnb_4bit_quant_type": model_args.bnb_4bit_quant_type,
+        "bnb_4bit_use_double_quant": model_args.use_bnb_nested_quant,
+        "bnb_4bit_quant_storage": model_args.bnb_4bit_quant_storage,
+    }
+
+
+def device_map(model_args: ModelArguments, training_args: TrainingArguments) -> dict[str, str] | None:
+    """Where quantised weights are loaded: each process's on its own device, unless they are sharded afterwards."""
+    quantised = model_args.load_in_4bit or model_args.load_in_8bit
+    return {"": str(training_args.device)} if quantised and sharding() is None else None
+
+
+def sharding() -> str | None:
+    """What divides the parameters among processes in this launch: ZeRO-3, FSDP 1, FSDP 2, or None."""
+    if is_deepspeed_zero3_enabled():  # by the launcher, or by a recipe's own deepspeed key
+        return "ZeRO-3"
+    return {"fsdp1": "FSDP 1", "fsdp2": "FSDP 2"}.get(launcher_strategy(os.environ))
+
+
+def check_model_path(model_args: ModelArguments) -> PreTrainedConfig:
+    """The configuration of the model, or of the adapter's base: a small file, read before any data is.
+
+    Raises UserError if there is none.
+    """
+    path, revision = model_args.model_name_or_path, model_args.model_revision
+    adapter = find_adapter(model_args)
+    if adapter is not None:
+        path, revision = adapter.base
+    try:
+        return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=model_args.trust_remote_code)
+    except (OSError, ValueError) as error:
+        if adapter is None:
+            raise UserError(unloadable("configuration", path, error)) from error
+        raise UserError(
+            f"model_name_or_path = {adapter.source.name!r}: is a LoRA adapter of {path!r}, which cannot be loaded "
+            f"({first_line(error)}). Put the base there, or correct base_model_name_or_path in adapter_config.json; a gated "
+            "model needs `hf auth login`."
+        ) from error
+
+
+def load_policy(path: str, **init_kwargs: Any) -> PreTrainedModel:
+    try:
+        load = unwritten_policy if can_stay_unwritten(path, init_kwargs) else AutoModelForCausalLM.from_pretrained
+        model = load(path, **init_kwargs)
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(unloadable("weights", path, error)) from error
+    if model._hf_peft_config_loaded:  # transformers has put the adapter into its base, where nothing would train it
+        raise UserError(f"{path!r} is a LoRA adapter; load it with peft's AutoPeftModelForCausalLM and give the model")
+    return model
+
+
+def can_stay_unwritten(path: str, init_kwargs: dict[str, Any]) -> bool:
+    """Whether this process is sent its weights by the first one, and knows their type without reading them."""
+    dtype, is_quantized = init_kwargs.get("dtype", "auto"), "quantization_config" in init_kwargs
+    if not receives_weights(os.environ) or dtype == "auto" or is_quantized:
+        return False
+    options = {key: init_kwargs[key] for key in ("revision", "trust_remote_code", "code_revision") if key in init_kwargs}
+    return not comes_quantised(AutoConfig.from_pretrained(path, **options))
+
+
+def comes_quantised(config: PreTrainedConfig) -> bool:
+    """Whether the checkpoint's own weights are."""
+    return getattr(config, "quantization_config", None) is not None
+
+
+def unwritten_policy(path: str, *, dtype: str, attn_implementation: str | None = None, **options: Any) -> PreTrainedModel:
+    """The architecture, its parameters allocated and never touched, so that they take no memory until they are sharded.
+
+    transformers 5.23 reads the whole checkpoint on every process, in spite of fsdp_cpu_ram_efficient_loading; on the meta
+    device, accelerate would confuse the parameters, which it tells apart by their address.
+    """
+    config = AutoConfig.from_pretrained(path, **options)
+    code = {key: options[key] for key in ("trust_remote_code", "code_revision") if key in options}
+    with no_init_weights():
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attn_implementation, **code)
+    model.tie_weights()
+    return model
+
+
+def disable_dropout(model: nn.Module) -> list[str]:
+    """Set every dropout of the model to 0: modules, and the numbers that attention reads at run time.
+
+    Returns what was on, as `name = rate`, for the log. After LoRA, so that lora_dropout is off too.
+    """
+    switched_off = {}
+    owners = [(name, module) for name, module in model.named_modules()]
+    configs = {id(module.config): module.config for _, module in owners if hasattr(module, "config")}
+    for name, owner in [*owners, *(("config", config) for config in configs.values())]:
+        if isinstance(owner, nn.modules.dropout._DropoutNd) and owner.p > 0:
+            switched_off[name] = owner.p
+            owner.p = 0.0
+        for key, value in vars(owner).items():
+            if is_dropout_rate(key, value):
+                switched_off[f"{name}.{key}"] = value
+                setattr(owner, key, 0.0)
+    return [f"{name} = {rate}" for name, rate in switched_off.items()]
+
+
+def is_dropout_rate(key: str, value: Any) -> bool:
+    named_so = "dropout" in key or key.endswith(("pdrop", "layerdrop"))
+    return named_so and isinstance(value, float) and value > 0

@@ -1,0 +1,358 @@
+"""What a recipe can say about the model, the data and the run, whatever the training method."""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from ..errors import ConfigError, Problem, UserError
+from ..launch.launch import STRATEGIES, start_process_group
+
+PREPROCESSING_MODES = ("published", "exact")
+DTYPES = ("auto", "float32", "float16", "bfloat16")
+QUANT_STORAGE = ("uint8", "float16", "bfloat16", "float32")
+
+
+def choice_problem(config: Any, key: str, choices: tuple[str, ...]) -> list[Problem]:
+    value = getattr(config, key)
+    return [] if value in choices else [Problem(key, value, f"must be one of {', '.join(choices)}")]
+
+
+def positive_problem(config: Any, *keys: str) -> list[Problem]:
+    """Fields that may be None, and otherwise count something."""
+    values = ((key, getattr(config, key)) for key in keys)
+    return [Problem(key, value, "must be positive") for key, value in values if value is not None and not value > 0]
+
+
+@dataclass
+class ModelArguments:
+    """The policy: where its weights are, in which precision and with which adapter it is trained."""
+
+    model_name_or_path: str | None = field(default=None, metadata={"help": "Hub name or folder of the model to train."})
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model on the Hub."})
+    base_model_revision: str | None = field(
+        default=None,
+        metadata={
+            "help": "Revision of the base model, when model_name_or_path is a LoRA adapter; null: the one that it names."
+        },
+    )
+    model_code_revision: str | None = field(
+        default=None, metadata={"help": "Revision of the model's own code, with trust_remote_code."}
+    )
+    tokenizer_name_or_path: str | None = field(default=None, metadata={"help": "Tokenizer, where it is not the model's own."})
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run Python code that comes with the model. Off unless you have read that code."}
+    )
+    torch_dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "Precision of the parameters: auto, float32, float16 or bfloat16. null: float32 master parameters, "
+            "computed in bf16 under `bf16: true`, because AdamW steps at 1e-6 vanish in bf16 parameters."
+        },
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "Attention kernel: flash_attention_2, sdpa, eager, ...; null lets transformers choose."}
+    )
+    use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter instead of the whole model."})
+    lora_r: int = field(default=16, metadata={"help": "Rank of the LoRA matrices."})
+    lora_alpha: int = field(default=32, metadata={"help": "LoRA scale; the update is multiplied by lora_alpha / lora_r."})
+    use_rslora: bool = field(
+        default=False, metadata={"help": "Rank-stabilised LoRA: multiply by lora_alpha / sqrt(lora_r) instead, for high ranks."}
+    )
+    use_dora: bool = field(
+        default=False, metadata={"help": "DoRA: train each weight's magnitude apart from its direction; slower than LoRA."}
+    )
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout in front of LoRA; 0 when disable_dropout is true."})
+    lora_target_modules: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Names of the layers that get an adapter, or all-linear: every linear layer but the head. null: the "
+            "architecture's usual ones, by peft's table."
+        },
+    )
+    lora_modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Layers trained whole and saved beside the adapter."}
+    )
+    sft_adapter: Literal["merge", "continue"] | None = field(
+        default=None,
+        metadata={
+            "help": "When model_name_or_path is a LoRA adapter: merge it into its base and train that, whole or with a new "
+            "adapter; or continue, and train the adapter itself. null: continue on a quantised base, else merge."
+        },
+    )
+    load_in_8bit: bool = field(default=False, metadata={"help": "Quantise the frozen base to 8 bits (bitsandbytes)."})
+    load_in_4bit: bool = field(default=False, metadata={"help": "Quantise the frozen base to 4 bits (QLoRA)."})
+    bnb_4bit_quant_type: str = field(default="nf4", metadata={"help": "4-bit number format: nf4 or fp4."})
+    use_bnb_nested_quant: bool = field(default=False, metadata={"help": "Quantise the 4-bit scales as well."})
+    bnb_4bit_quant_storage: str = field(
+        default="uint8",
+        metadata={
+            "help": "Type that packed 4-bit weights are stored as, for FSDP, which shards floating types only: uint8, float16, "
+            "bfloat16 or float32."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        problems = [*self.value_problems(), *self.combination_problems()]
+        if problems:
+            raise ConfigError("ModelArguments", problems)
+
+    def value_problems(self) -> list[Problem]:
+        problems = positive_problem(self, "lora_r", "lora_alpha")
+        problems += choice_problem(self, "bnb_4bit_quant_type", ("nf4", "fp4"))
+        problems += choice_problem(self, "bnb_4bit_quant_storage", QUANT_STORAGE)
+        for key, choices in {"torch_dtype": DTYPES, "sft_adapter": ("merge", "continue")}.items():
+            problems += choice_problem(self, key, choices) if getattr(self, key) is not None else []
+        if not 0 <= self.lora_dropout < 1:
+            problems.append(Problem("lora_dropout", self.lora_dropout, "must be at least 0 and below 1"))
+        return problems
+
+    def combination_problems(self) -> list[Problem]:
+        """Settings that say nothing, or nothing possible, without others."""
+        problems = []
+        if self.load_in_4bit and self.load_in_8bit:
+            problems.append(Problem("load_in_4bit", True, "cannot be combined with load_in_8bit; choose one"))
+        if self.use_bnb_nested_quant and not self.load_in_4bit:
+            problems.append(Problem("use_bnb_nested_quant", True, "is about 4-bit weights; add load_in_4bit: true"))
+        needs_adapter = {
+            "load_in_4bit": "quantised weights cannot be trained; add use_peft: true",
+            "load_in_8bit": "quantised weights cannot be trained; add use_peft: true",
+            "use_rslora": "is a kind of LoRA; add use_peft: true",
+            "use_dora": "is a kind of LoRA; add use_peft: true",
+        }
+        for key, advice in () if self.use_peft else needs_adapter.items():
+            problems += [Problem(key, True, advice)] if getattr(self, key) else []
+        if self.sft_adapter == "continue" and not self.use_peft:
+            problems.append(Problem("sft_adapter", "continue", "trains an adapter; add use_peft: true, or choose merge"))
+        targets = self.lora_target_modules or []
+        if "all-linear" in targets and len(targets) > 1:
+            advice = "all-linear stands alone; remove it, or the names beside it"
+            problems.append(Problem("lora_target_modules", targets, advice))
+        return problems
+
+
+@dataclass
+class DataArguments:
+    """Which conversations to train and evaluate on, and how they become text."""
+
+    dataset_mixer: dict[str, Any] | None = field(
+        default=None,
+        metadata={
+            "help": "Source -> how much of its training rows: a fraction in (0, 1] or a row count. A source is a Hub "
+            "name (name or name:config), a folder of JSONL/JSON/Parquet files named by split, a folder written by "
+            "save_to_disk, a file, or a glob."
+        },
+    )
+    dataset_splits: list[str] = field(
+        default_factory=lambda: ["train", "test"],
+        metadata={"help": "Splits to read: train* for training; test*, validation*, eval*, dev* for evaluation."},
+    )
+    dataset_configs: list[str] | None = field(
+        default=None, metadata={"help": "Config name of each source, in the order of dataset_mixer."}
+    )
+    text_column: str = field(default="text", metadata={"help": "Column of plain text, for continued pre-training."})
+    chat_template: str | None = field(
+        default=None,
+        metadata={"help": "A shipped template (llama-3, mistral, gemma, zephyr), a .jinja file, or Jinja text."},
+    )
+    auto_insert_empty_system_msg: bool = field(
+        default=True,
+        metadata={"help": "published preprocessing: put an empty system turn first where the template knows that role."},
+    )
+    preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that prepare the data."})
+    truncation_side: str | None = field(default=None, metadata={"help": "Side that the tokenizer truncates: left or right."})
+
+    def __post_init__(self) -> None:
+        problems = positive_problem(self, "preprocessing_num_workers")
+        if self.truncation_side is not None:
+            problems += choice_problem(self, "truncation_side", ("left", "right"))
+        for source, share in (self.dataset_mixer or {}).items():
+            if not is_share(share):
+                problems.append(
+                    Problem(f"dataset_mixer.{source}", share, "must be a fraction in (0, 1] or a whole number of rows")
+                )
+        if self.dataset_configs and len(self.dataset_configs) != len(self.dataset_mixer or {}):
+            problems.append(Problem("dataset_configs", self.dataset_configs, "needs one entry for each dataset_mixer source"))
+        if problems:
+            raise ConfigError("DataArguments", problems)
+
+
+def is_share(share: Any) -> bool:
+    """A fraction in (0, 1], or a row count: 1.0 is everything, 1 is everything too (the published meaning)."""
+    if isinstance(share, bool) or not isinstance(share, int | float):
+        return False
+    return share >= 1 if isinstance(share, int) else 0 < share <= 1
+
+
+@dataclass
+class RunArguments:
+    """Fields that every training method shares; a mix-in for subclasses of TrainingArguments."""
+
+    preprocessing: Literal["published", "exact"] = field(
+        default="published",
+        metadata={
+            "help": "published: the rows and tokens of the published code, oddities included; exact: what those rules "
+            "meant (see README.md)."
+        },
+    )
+    bad_rows: Literal["refuse", "drop"] = field(
+        default="refuse", metadata={"help": "exact preprocessing: refuse malformed rows, or drop and count them."}
+    )
+    total_train_batch_size: int | None = field(
+        default=None,
+        metadata={"help": "Rows per optimizer step over all processes; sets gradient_accumulation_steps."},
+    )
+    strategy: Literal["single", "ddp", "zero2", "zero3", "fsdp1", "fsdp2"] | None = field(
+        default=None,
+        metadata={"help": "Stop unless the launcher divides the run so; null: as the launcher was told, which is checked too."},
+    )
+    num_processes: int | None = field(
+        default=None, metadata={"help": "Stop unless so many processes were launched; null: any number."}
+    )
+
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={
+            "help": "auto, or null: go on from the newest whole checkpoint in output_dir, if there is one; never: start "
+            "afresh, and set aside what is there; or a checkpoint's path."
+        },
+    )
+    trust_checkpoint: bool = field(
+        default=False,
+        metadata={"help": "Resume what was written elsewhere, though loading it may run the code that it holds."},
+    )
+    save_steps: float = field(
+        default=0.25, metadata={"help": "Optimizer steps between checkpoints; below 1, a share of the whole run."}
+    )
+    save_minutes: float | None = field(
+        default=None, metadata={"help": "Save also when so many minutes have passed since the last checkpoint."}
+    )
+    save_total_limit: int | None = field(
+        default=2, metadata={"help": "Keep so many of the newest checkpoints, beside the best; null keeps all."}
+    )
+    on_save_failure: Literal["continue", "stop"] = field(
+        default="continue",
+        metadata={"help": "What a checkpoint that cannot be written, on a full disk say, means for the run."},
+    )
+    hub_minutes: float = field(
+        default=120.0,
+        metadata={"help": "How long the push at the end may take; past it, the run ends with the command for it."},
+    )
+
+    skip_nonfinite: int = field(
+        default=0,
+        metadata={
+            "help": "How many steps of the run may be skipped because their loss or gradient is not finite; the next one stops "
+            "it. Not with DeepSpeed, whose optimizer steps inside the backward pass."
+        },
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Must stay false: it would log a loss of 0 for NaN; a run stops instead."}
+    )
+    prepare_only: bool = field(
+        default=False,
+        metadata={
+            "help": "Read, check and tokenize the data, and end there: no launcher, GPU or weights needed. A later run finds "
+            "what was made."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        problems = [*self.problems(), *self.batch_problems()]
+        if problems:
+            raise ConfigError(type(self).__name__, problems)
+        if self.prepare_only:  # a machine for it need not be able to train
+            self.use_cpu = True
+            self.bf16 = self.fp16 = self.bf16_full_eval = self.fp16_full_eval = False
+            self.tf32 = self.deepspeed = None
+        if self.total_train_batch_size is not None:
+            self.gradient_accumulation_steps = self.total_train_batch_size // self.rows_per_forward
+        start_process_group(self.ddp_timeout, os.environ, use_cpu=self.use_cpu)
+        loader_is_default = self.accelerator_config is None
+        super().__post_init__()
+        if loader_is_default:  # batches are copied while the GPU computes
+            self.accelerator_config.non_blocking = self.dataloader_pin_memory
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The Trainer pickles its arguments into checkpoints, and pushes them.
+        return {**self.__dict__, "hub_token": None}
+
+    def problems(self) -> list[Problem]:
+        """What is wrong with the method's own fields; each method adds its own."""
+        problems = choice_problem(self, "preprocessing", PREPROCESSING_MODES)
+        problems += choice_problem(self, "bad_rows", ("refuse", "drop"))
+        problems += choice_problem(self, "on_save_failure", ("continue", "stop"))
+        if self.strategy is not None:
+            problems += choice_problem(self, "strategy", STRATEGIES)
+        problems += positive_problem(
+            self,
+            "total_train_batch_size",
+            "per_device_train_batch_size",
+            "per_device_eval_batch_size",
+            "gradient_accumulation_steps",
+            "num_processes",
+            "save_minutes",
+            "hub_minutes",
+        )
+        if self.skip_nonfinite < 0:
+            problems.append(Problem("skip_nonfinite", self.skip_nonfinite, "must not be negative"))
+        # The launcher's variable, because the recipe may not know of DeepSpeed.
+        if self.skip_nonfinite > 0 and (self.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"):
+            advice = (
+                "not with DeepSpeed, whose optimizer steps inside the backward pass, where no step can be called off; set 0, "
+                "or launch with accelerate_configs/fsdp.yaml"
+            )
+            problems.append(Problem("skip_nonfinite", self.skip_nonfinite, advice))
+        if self.logging_nan_inf_filter:
+            problems.append(Problem("logging_nan_inf_filter", True, "must be false"))
+        return problems
+
+    def batch_problems(self) -> list[Problem]:
+        total = self.total_train_batch_size
+        if total is None or total <= 0 or self.per_device_train_batch_size <= 0 or total % self.rows_per_forward == 0:
+            return []
+        advice = (
+            f"is no multiple of {self.rows_per_forward} (per_device_train_batch_size {self.per_device_train_batch_size} "
+            f"x {self.rows_per_forward // self.per_device_train_batch_size} processes)"
+        )
+        return [Problem("total_train_batch_size", total, advice)]
+
+    def refuse_zero_steps(self, rows: int) -> None:
+        """Raises UserError if a run on so many rows would not take one optimizer step."""
+        if rows == 0:
+            raise UserError("train has no row left: a run on it would train nothing")
+        if self.max_steps <= 0 and self.num_train_epochs <= 0:
+            raise UserError(f"num_train_epochs = {self.num_train_epochs}: a run of no epoch would train nothing")
+        needed = self.rows_per_forward
+        if self.dataloader_drop_last and rows < needed:
+            raise UserError(
+                f"dataloader_drop_last = True: {rows} training rows are less than one batch of {needed} (of all processes), so "
+                "that nothing would be trained; set it to false, or per_device_train_batch_size lower"
+            )
+
+    @property
+    def rows_per_forward(self) -> int:
+        # The launcher's variable, because TrainingArguments.world_size starts the process group.
+        return self.per_device_train_batch_size * int(os.environ.get("WORLD_SIZE", "1"))
+
+
+class Run(NamedTuple):
+    """What a recipe and a command line say, parsed and checked."""
+
+    model_args: ModelArguments
+    data_args: DataArguments
+    training_args: RunArguments
+    recipe: str  # YAML of every field, without secrets
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.training_args.output_dir)
+
+    @property
+    def rows_per_step(self) -> int:
+        args = self.training_args
+        return args.rows_per_forward * args.gradient_accumulation_steps
+
+    @property
+    def workers(self) -> int | None:
+        return self.training_args.dataset_num_proc or self.data_args.preprocessing_num_workers

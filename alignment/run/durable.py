@@ -1,0 +1,360 @@
+"""What every trainer here adds to the HF Trainer so that a run survives what happens to runs."""
+
+import json
+import logging
+import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_pt_utils import get_model_param_count
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, TrainOutput
+
+from ..errors import TrainingStopped
+from .checkpoints import AUTOMATIC, RECIPE_FILE, STAGING, Identity, newest_whole, numbered, prune, publish, seal, size
+from .hub import push_checkpoint
+from .run_folder import write_status
+from .signals import RunInterrupted, StopSignals, outlast_signals
+
+logger = logging.getLogger(__name__)
+
+TRAINER_STATE = "trainer_state.json"
+WHOLE_COPY = "DDP or one process"
+
+
+class EvaluationCut(Exception):
+    """All processes agreed to leave an evaluation, because one of them was asked to stop."""
+
+
+class DurableTrainer(Trainer):
+    """A Trainer whose checkpoints are whole or absent, and which stops, on all processes at once, where it can go on.
+
+    identity, stop: set by the pipeline; without them checkpoints name no run, and signals are not listened to.
+    evaluation_due: the checkpoint that is resumed was saved in place of an evaluation, which then comes first.
+    """
+
+    identity: Identity | None = None
+    evaluation_due = False
+    is_stopping = False
+    is_built = False
+    push: Future | None = None  # of a checkpoint, in the background
+    saved_at = 0.0  # monotonic clock
+    saved_step = -1
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        self.stop = StopSignals()
+        super().__init__(*args, **kwargs)
+        self.is_built = True
+        self.add_callback(StepEnds(self))
+
+    # ---- Training ----
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As the Trainer's; resume_from_checkpoint = True means the newest whole checkpoint.
+
+        Raises RunInterrupted, with everything saved, if a process was asked to stop.
+        """
+        if resume_from_checkpoint is True:
+            newest = newest_whole(Path(self.args.output_dir))
+            resume_from_checkpoint = None if newest is None else str(newest.path)
+        self.saved_at = time.monotonic()
+        self.evaluation_due &= self.eval_dataset is not None  # the evaluation may have been switched off since
+        if self.evaluation_due:
+            self.args.eval_on_start = True
+        try:
+            output = super().train(resume_from_checkpoint, *args, **kwargs)
+        except EvaluationCut:  # the one that was due; the checkpoint says so still
+            raise RunInterrupted(self.interruption()) from None
+        if self.is_stopping:
+            raise RunInterrupted(self.interruption())
+        return output
+
+    def interruption(self) -> str:
+        name = self.stop.received.name if self.stop.received else "a signal to another process"
+        return f"stopped by {name} after step {self.state.global_step} of {self.state.max_steps}; {self.way_on()}."
+
+    def way_on(self) -> str:
+        """What the next start goes on from, if anything."""
+        step = self.state.global_step
+        if self.saved_step != step:
+            return "nothing was trained in this attempt" if step == self._initial_global_step else "it could not be saved"
+        if self.args.save_only_model:
+            return (
+                "save_only_model keeps its weights and nothing to go on from: --resume_from_checkpoint=never starts the run "
+                "again from step 0"
+            )
+        again = "" if self.args.resume_from_checkpoint in AUTOMATIC else ", without resume_from_checkpoint,"
+        return f"its checkpoint is whole, and the same command{again} goes on from step {step}"
+
+    def agree(self, *wishes: bool) -> list[bool]:
+        """Whether any process has each wish. To be called by all of them, at the same point."""
+        if self.args.world_size == 1:
+            return list(wishes)
+        return (self.accelerator.reduce(torch.tensor(wishes, device=self.args.device).float()) > 0).tolist()
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing, where a checkpoint of the last step was resumed in the middle of an epoch: the Trainer would go on."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super()._maybe_log_save_evaluate(*args, **kwargs)
+        except EvaluationCut:
+            self.evaluation_due = self.is_stopping = True
+            self.control.should_training_stop = True
+            self._save_checkpoint(self.model, trial=None)
+
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        return outlast_signals(super()._get_dataloader(*args, **kwargs))
+
+    # ---- Evaluation ----
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As the Trainer's, leaving the random numbers of training where they were."""
+        with torch.random.fork_rng(devices=[self.args.device] if self.args.device.type == "cuda" else []):
+            metrics = super().evaluate(*args, **kwargs)
+        if self.evaluation_due:
+            self.evaluation_due = self.args.eval_on_start = False
+            self._determine_best_metric(metrics=metrics, trial=None)
+            self.find_best()
+        return metrics
+
+    def find_best(self) -> None:
+        """Where the best checkpoint is. The Trainer knows only where it was written, and only if its evaluation came before."""
+        best = Path(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
+        if best.is_dir():
+            self.state.best_model_checkpoint = str(best.resolve())
+
+    # ---- Checkpoints ----
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """Where checkpoints are written, and where the Trainer looks for old ones to delete: it finds none."""
+        return str(Path(self.args.output_dir, STAGING))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write, describe, then rename into place; what fails leaves the older checkpoints as they were.
+
+        Raises TrainingStopped if it fails and the recipe, or the strategy, cannot go on without.
+        """
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        staged, target = Path(self._get_output_dir(trial), name), Path(self.args.output_dir, name)
+        self.saved_at = time.monotonic()  # of the attempt: the next one can wait as long, if it fails
+        if self.saved_step == self.state.global_step:
+            return
+        first = self.is_world_process_zero()
+        problem = self.no_room() if first else None
+        for part in (lambda: self.write(staged, target, trial), lambda: self.publish(staged, target)):
+            if self.agree(bool(problem))[0]:
+                break
+            problem = self.attempt(part)
+        if self.agree(bool(problem))[0]:
+            self.give_up_saving(staged, problem or "it failed on another process")
+            return
+        self.saved_step = self.state.global_step
+        self.find_best()
+        if first:
+            run_id = self.identity and self.identity.run_id
+            prune(Path(self.args.output_dir), self.args.save_total_limit, run_id, self.state.best_model_checkpoint)
+            if self.identity:
+                write_status(Path(self.args.output_dir), "training", step=self.saved_step, max_steps=self.state.max_steps)
+        if first and self.args.push_to_hub and self.args.hub_strategy != HubStrategy.END:
+            is_free = self.push is None or self.push.done()
+            if is_free or self.args.hub_always_push:
+                self.push = push_checkpoint(self.args, target, self.push)
+
+    def save_before_leaving(self) -> None:
+        """Save the present step, if it is not saved, where training has ended and the run has not. On all processes."""
+        self.is_stopping = True
+        self._save_checkpoint(self.model, trial=None)
+
+    def attempt(self, part: Callable[[], None]) -> str | None:
+        """Do a part of saving; what was wrong, if the other processes can be told.
+
+        Raises TrainingStopped where they cannot, because they are waiting inside the same part.
+        """
+        try:
+            part()
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch.save reports a full disk as RuntimeError
+            if self.args.world_size > 1 and (layout(self.accelerator) != WHOLE_COPY or self.state.best_global_step):
+                raise TrainingStopped(self.unsaved(str(error))) from error
+            return str(error) or type(error).__name__
+        return None
+
+    def write(self, staged: Path, target: Path, trial: Any) -> None:
+        """The Trainer's files; the recipe; and the best checkpoint under the name that it is going to have."""
+        if self.is_world_process_zero():
+            shutil.rmtree(staged.parent, ignore_errors=True)
+        super()._save_checkpoint(self.model, trial)
+        if not self.is_world_process_zero():
+            return
+        if self.state.best_model_checkpoint == str(staged):
+            self.state.best_model_checkpoint = str(target.resolve())
+            self.state.save_to_json(str(staged / TRAINER_STATE))
+        if self.identity:
+            (staged / RECIPE_FILE).write_text(self.identity.recipe, encoding="utf-8")
+
+    def publish(self, staged: Path, target: Path) -> None:
+        if self.is_world_process_zero():
+            seal(staged, self.facts())
+            publish(staged, target)
+
+    def facts(self) -> dict[str, Any]:
+        """What the manifest says beside the files."""
+        identity = self.identity._asdict() if self.identity else {}
+        return {
+            "step": self.state.global_step,
+            "resumable": not self.args.save_only_model,
+            "evaluation_due": self.evaluation_due,
+            **{key: value for key, value in identity.items() if key != "recipe"},
+        }
+
+    def no_room(self) -> str | None:
+        """Why a checkpoint does not fit on the disk, as far as can be told before it is written."""
+        output_dir = Path(self.args.output_dir)
+        written = [size(folder) for folder in numbered(output_dir).values()]
+        needed, free = max(written, default=self.expected_size()), shutil.disk_usage(output_dir).free
+        if needed <= free:
+            return None
+        return f"it needs about {needed / 1e9:.3g} GB and the disk has {free / 1e9:.3g} GB left"
+
+    def expected_size(self) -> int:
+        """Bytes of a first checkpoint: weights, and two float32 moments of each trained parameter."""
+        trained = get_model_param_count(self.model, trainable_only=True)
+        saved = trained if getattr(self.model, "peft_config", None) else get_model_param_count(self.model)
+        return 4 * saved + 8 * trained
+
+    def give_up_saving(self, staged: Path, problem: str) -> None:
+        if self.is_world_process_zero():
+            shutil.rmtree(staged.parent, ignore_errors=True)
+        if self.args.on_save_failure == "stop" and not self.is_stopping:
+            raise TrainingStopped(self.unsaved(problem))
+        logger.error("%s Training goes on, because on_save_failure = continue.", self.unsaved(problem))
+
+    def unsaved(self, problem: str) -> str:
+        left = sorted(numbered(Path(self.args.output_dir)))
+        kept = f"The last whole checkpoint is that of step {left[-1]}." if left else "There is no older checkpoint."
+        return f"step {self.state.global_step}: the checkpoint could not be saved: {problem}. {kept}"
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Nothing: the Trainer calls this before the checkpoint is whole; `_save_checkpoint` pushes it afterwards."""
+
+    def _finish_current_push(self) -> None:
+        """Before `push_to_hub`, which a push of a checkpoint must not overtake; the end of training waits for none."""
+        if self.push is not None and not self.is_in_train:
+            wait([self.push], timeout=60 * self.args.hub_minutes)
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Nothing while the trainer is built: a Hub that is down keeps no run from training. Each push asks for it."""
+        if self.is_built:
+            super().init_hf_repo(token, private)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        # A pickle of the arguments, hub_token among them; the recipe beside it says the same in YAML.
+        folder = Path(output_dir or self.args.output_dir)
+        folder.joinpath("training_args.bin").unlink(missing_ok=True)
+        for weights in folder.glob("*.safetensors") if self.args.should_save else ():
+            weights.chmod(0o644)  # safetensors leaves 0600: a group could not read the model
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Also what has been summed up since the last log, which a resumed run goes on with."""
+        super()._save_rng_state(output_dir)
+        since_log = {
+            "loss": float(self._tr_loss).hex(),
+            "last_logged_step": self._globalstep_last_logged,
+            "processes": self.args.world_size,
+            "sums": self.sums_since_log(),
+        }
+        path = Path(output_dir, f"since_last_log_{self.args.process_index}.json")
+        path.write_text(json.dumps(since_log), encoding="utf-8")
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        path = Path(checkpoint or "", f"since_last_log_{self.args.process_index}.json")
+        since_log = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if since_log.get("processes") == self.args.world_size:  # sums of other processes do not add up to these
+            self._tr_loss += float.fromhex(since_log["loss"])
+            self._globalstep_last_logged = since_log["last_logged_step"]
+            self.restore_sums(since_log["sums"])
+
+    def sums_since_log(self) -> dict[str, Any]:
+        """What this process has summed up since the last log, exact, as JSON; a trainer with running means overrides this."""
+        return {}
+
+    def restore_sums(self, sums: dict[str, Any]) -> None:
+        """Take back what `sums_since_log` gave."""
+
+
+class StepEnds(TrainerCallback):
+    """At the end of each step: stop or save, if it is time, on all processes alike.
+
+    A step that ends an epoch is saved behind what the epoch's end logs and evaluates: a run that is resumed there does not
+    come through that end again.
+    """
+
+    def __init__(self, trainer: DurableTrainer):
+        self.trainer = trainer
+        self.save_waits = False  # for the end of the epoch
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        is_here = state.global_step in numbered(Path(args.output_dir))  # what was resumed may lie elsewhere
+        self.trainer.saved_step = state.global_step if self.trainer.agree(is_here)[0] else -1
+        self.trainer.find_best()
+        saves = args.save_strategy != "no" and (args.save_strategy != "steps" or state.save_steps < state.max_steps)
+        if not saves and args.save_minutes is None:
+            logger.warning(
+                "Nothing will be saved before the end (save_strategy: %s, save_steps: %s): whatever stops the run but a signal "
+                "loses all of it. --save_minutes=30 keeps checkpoints.", args.save_strategy.value, args.save_steps,
+            )  # fmt: skip
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        trainer = self.trainer
+        due = args.save_minutes is not None and time.monotonic() - trainer.saved_at >= 60 * args.save_minutes
+        stop, save = trainer.agree(trainer.stop.received is not None, due and state.is_world_process_zero)
+        control.should_save |= stop or save
+        if stop:
+            trainer.is_stopping = control.should_training_stop = True
+            trainer.evaluation_due, control.should_evaluate = control.should_evaluate, False
+        if control.should_training_stop or control.should_epoch_stop or ends_epoch(state):
+            self.save_waits, control.should_save = control.should_save, False
+
+    def on_prediction_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.trainer.agree(self.trainer.stop.received is not None)[0]:
+            raise EvaluationCut
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        trainer = self.trainer
+        if trainer.is_stopping:
+            is_end = ends_epoch(state) or state.global_step >= state.max_steps
+            control.should_log &= is_end
+            trainer.evaluation_due |= control.should_evaluate and is_end
+            control.should_evaluate = False
+            if control.should_log:
+                trainer.saved_step = -1  # saved without that log, if a step's evaluation was cut
+        control.should_save |= trainer.is_stopping or self.save_waits
+        self.save_waits = False
+
+
+def ends_epoch(state: TrainerState) -> bool:
+    """Whether the last step was the last of an epoch."""
+    return state.epoch is not None and state.epoch.is_integer()
+
+
+def layout(accelerator: Accelerator) -> str:
+    """How a checkpoint is divided among files: what has to be equal for one launch to read another's."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return f"DeepSpeed ZeRO-{accelerator.state.deepspeed_plugin.zero_stage}"
+    if accelerator.distributed_type == DistributedType.FSDP:
+        plugin = accelerator.state.fsdp_plugin
+        return f"FSDP{plugin.fsdp_version} {plugin.state_dict_type.name}"
+    return WHOLE_COPY

@@ -1,0 +1,1 @@
+"""What the quickstart makes: its task, its model, and the two trainings on them."""

@@ -1,0 +1,70 @@
+"""The model card: what it names, and whether the Hub can read its header."""
+
+import pytest
+from huggingface_hub import ModelCard
+
+from alignment.report.card import simpo_card
+
+SETTINGS = {"beta": 2.5, "gamma / beta": 0.55, "learning rate": 1e-06}
+HELD_OUT = {"loss": 1.234567, "rewards/accuracies": 0.75, "runtime": 12.5}
+
+
+def card(**changes) -> str:
+    given = {
+        "name": "tiny-simpo",
+        "base_model": "me/tiny-sft",
+        "datasets": ["me/pairs", "me/more-pairs"],
+        "settings": SETTINGS,
+        "held_out": HELD_OUT,
+    }
+    return simpo_card(**{**given, **changes})
+
+
+def test_the_card_names_method_paper_base_model_data_and_settings():
+    text = card()
+    for part in (
+        "# tiny-simpo",
+        "`me/tiny-sft` trained on `me/pairs`, `me/more-pairs` with [SimPO](https://arxiv.org/abs/2405.14734)",
+        "| beta | 2.5 |",
+        "| gamma / beta | 0.55 |",
+        "| learning rate | 1e-06 |",
+        "Meng, Yu and Xia, Mengzhou and Chen, Danqi",
+    ):
+        assert part in text
+
+
+def test_held_out_figures_stand_under_readable_names_and_others_stay_out():
+    text = card()
+    assert "| Loss | 1.2346 |\n| Reward accuracy | 0.7500 |\n" in text
+    assert "12.5" not in text
+
+
+def test_a_run_without_evaluation_claims_no_figures():
+    assert "Held-out" not in card(held_out={})
+
+
+def test_the_header_is_metadata_that_the_hub_reads():
+    data = ModelCard(card()).data
+    assert (data.base_model, data.datasets) == ("me/tiny-sft", ["me/pairs", "me/more-pairs"])
+    assert data.model_name == "tiny-simpo"
+    assert "simpo" in data.tags
+
+
+@pytest.mark.parametrize("name", ["a: b", "# no comment", "naïve 模型", "'quoted'", "null"])
+def test_names_that_yaml_would_misread_survive(name):
+    assert ModelCard(card(name=name)).data.model_name == name
+
+
+def test_an_unknown_base_model_and_unknown_data_are_left_out_of_the_header():
+    text = card(base_model=None, datasets=[])
+    assert ModelCard(text).data.base_model is None
+    assert ModelCard(text).data.datasets is None
+    assert "`A language model` trained on preference pairs" in text
+
+
+def test_local_paths_stay_out_of_the_header_where_the_hub_would_refuse_them(tmp_path):
+    """The Hub rejects a whole commit whose base_model or datasets are no Hub names."""
+    (tmp_path / "pairs.jsonl").touch()
+    data = ModelCard(card(base_model=str(tmp_path), datasets=[str(tmp_path / "pairs.jsonl"), "me/pairs"])).data
+    assert data.base_model is None
+    assert data.datasets == ["me/pairs"]
