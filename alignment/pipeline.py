@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments, se
 from .data.splits import DataKind, fingerprint, ready_tokenizer, tokenized_splits
 from .errors import TrainingStopped, UserError
 from .launch.launch import check_launch, outwait_compilers
-from .launch.strategy import save_whole_model, take_strategy
+from .launch.strategy import layout, save_whole_model, take_strategy
 from .model.adapter_checks import check_adapters
 from .model.adapters import base_identity, settle_adapter, starting_point
 from .model.loading import check_attention, check_model_path, model_init_kwargs
@@ -41,7 +41,7 @@ from .run.checkpoints import (
     refuse_other_layout,
     refuse_other_recipe,
 )
-from .run.durable import DurableTrainer, EvaluationCut, layout
+from .run.durable import DurableTrainer, EvaluationCut
 from .run.failures import record_crash, report
 from .run.hub import bounded, check_hub, push_run, repository_name
 from .run.records import RunRecords, write_jsonl, write_run_folder
@@ -228,8 +228,7 @@ def refuse_other_end(run_: Run, data: str) -> None:
 def enter(trainer: DurableTrainer, state: str, **more: Any) -> None:
     """Write down what comes next. Raises RunInterrupted instead, if a process was asked to stop before the end."""
     if state == "ending" and trainer.agree(trainer.stop.received is not None)[0]:
-        trainer.save_before_leaving()
-        raise RunInterrupted(trainer.interruption())
+        trainer.leave()
     if trainer.is_world_process_zero():
         facts = trainer.facts() | more
         write_status(Path(trainer.args.output_dir), state, max_steps=trainer.state.max_steps, **facts)
@@ -325,8 +324,7 @@ def evaluate(trainer: Trainer, run_: Run) -> None:
     try:
         metrics = trainer.evaluate()
     except EvaluationCut:
-        trainer.save_before_leaving()
-        raise RunInterrupted(trainer.interruption()) from None
+        trainer.leave()
     metrics["eval_samples"] = len(trainer.eval_dataset)
     trainer.log_metrics("eval", metrics)
     trainer.save_metrics("eval", metrics)

@@ -28,8 +28,8 @@ import transformers
 from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
+from alignment.launch.strategy import WHOLE_COPY
 from alignment.run.checkpoints import Identity, digest_of, size, sync, verify
-from alignment.run.durable import WHOLE_COPY
 from benchmarks.tokenization import machine, ratio
 from scripts.simpo_config import SimPOConfig
 from scripts.simpo_trainer import SimPOTrainer

@@ -28,6 +28,7 @@ from .launch import launcher_strategy, refuse_replacement
 
 logger = logging.getLogger(__name__)
 
+WHOLE_COPY = "DDP or one process"
 SHARDS = "shards"  # folder in output_dir, if the whole model cannot be written
 
 
@@ -51,6 +52,16 @@ def strategy_of(accelerator: Accelerator) -> str:
     if accelerator.distributed_type == DistributedType.FSDP:
         return f"fsdp{accelerator.state.fsdp_plugin.fsdp_version}"
     return "ddp" if accelerator.num_processes > 1 else "single"
+
+
+def layout(accelerator: Accelerator) -> str:
+    """How a checkpoint is divided among files: what has to be equal for one launch to read another's."""
+    strategy = strategy_of(accelerator)
+    if strategy in ("single", "ddp"):
+        return WHOLE_COPY
+    if strategy.startswith("zero"):
+        return strategy.replace("zero", "DeepSpeed ZeRO-")
+    return f"{strategy.upper()} {accelerator.state.fsdp_plugin.state_dict_type.name}"
 
 
 def reduce_in_float32(plugin: Any) -> None:

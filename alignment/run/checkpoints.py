@@ -54,7 +54,7 @@ class Identity(NamedTuple):
     recipe: str  # YAML of every field, without secrets
     data: str  # SHA-256 of the tokens that are trained on
     base: str | None  # of an adapter: which weights it is trained on
-    strategy: str  # see alignment.run.durable.layout
+    strategy: str  # see alignment.launch.strategy.layout
     processes: int
     rows_per_step: int
 

@@ -7,11 +7,9 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -20,6 +18,7 @@ from transformers.trainer_pt_utils import get_model_param_count
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, TrainOutput
 
 from ..errors import TrainingStopped
+from ..launch.strategy import WHOLE_COPY, layout
 from .checkpoints import AUTOMATIC, RECIPE_FILE, STAGING, Identity, newest_whole, numbered, prune, publish, seal, size
 from .hub import push_checkpoint
 from .run_folder import write_status
@@ -28,7 +27,6 @@ from .signals import RunInterrupted, StopSignals, outlast_signals
 logger = logging.getLogger(__name__)
 
 TRAINER_STATE = "trainer_state.json"
-WHOLE_COPY = "DDP or one process"
 
 
 class EvaluationCut(Exception):
@@ -172,10 +170,14 @@ class DurableTrainer(Trainer):
             if is_free or self.args.hub_always_push:
                 self.push = push_checkpoint(self.args, target, self.push)
 
-    def save_before_leaving(self) -> None:
-        """Save the present step, if it is not saved, where training has ended and the run has not. On all processes."""
+    def leave(self) -> NoReturn:
+        """Save the present step, if it is not saved, where training has ended and the run has not; then raise RunInterrupted.
+
+        On all processes.
+        """
         self.is_stopping = True
         self._save_checkpoint(self.model, trial=None)
+        raise RunInterrupted(self.interruption()) from None
 
     def attempt(self, part: Callable[[], None]) -> str | None:
         """Do a part of saving; what was wrong, if the other processes can be told.
@@ -348,13 +350,3 @@ class StepEnds(TrainerCallback):
 def ends_epoch(state: TrainerState) -> bool:
     """Whether the last step was the last of an epoch."""
     return state.epoch is not None and state.epoch.is_integer()
-
-
-def layout(accelerator: Accelerator) -> str:
-    """How a checkpoint is divided among files: what has to be equal for one launch to read another's."""
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        return f"DeepSpeed ZeRO-{accelerator.state.deepspeed_plugin.zero_stage}"
-    if accelerator.distributed_type == DistributedType.FSDP:
-        plugin = accelerator.state.fsdp_plugin
-        return f"FSDP{plugin.fsdp_version} {plugin.state_dict_type.name}"
-    return WHOLE_COPY

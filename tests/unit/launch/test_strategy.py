@@ -11,7 +11,7 @@ import pytest
 import torch
 from accelerate.utils import DistributedType
 from safetensors.torch import save_file
-from torch.distributed.fsdp import MixedPrecision, MixedPrecisionPolicy
+from torch.distributed.fsdp import MixedPrecision, MixedPrecisionPolicy, StateDictType
 from transformers import AutoModelForCausalLM
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -28,6 +28,7 @@ from tests import builders
 
 ROOT = Path(__file__).parents[3]
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+FSDP2_SHARDED = SimpleNamespace(fsdp_version=2, state_dict_type=StateDictType.SHARDED_STATE_DICT)
 ZERO3 = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
 
 
@@ -196,6 +197,20 @@ def test_a_replaced_strategy_is_one_message_and_status_2_and_loads_nothing(varia
     assert printed.count("and the run would silently be single") == 1
     assert "Traceback" not in printed
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("distributed_type", "state", "processes", "name"),
+    [
+        ("NO", {}, 1, "DDP or one process"),
+        ("MULTI_CPU", {}, 2, "DDP or one process"),
+        ("DEEPSPEED", {"deepspeed_plugin": SimpleNamespace(zero_stage=3)}, 2, "DeepSpeed ZeRO-3"),
+        ("FSDP", {"fsdp_plugin": FSDP2_SHARDED}, 2, "FSDP2 SHARDED_STATE_DICT"),
+    ],
+)
+def test_a_layout_is_named_as_the_manifests_of_older_checkpoints_name_it(distributed_type, state, processes, name):
+    launch_ = {"distributed_type": DistributedType(distributed_type), "num_processes": processes}
+    assert strategy.layout(SimpleNamespace(state=SimpleNamespace(**state), **launch_)) == name
 
 
 # ---- What is put right ----
