@@ -30,10 +30,13 @@ from .model.adapters import base_identity, settle_adapter, starting_point
 from .model.loading import check_attention, check_model_path, model_init_kwargs
 from .recipe.configs import DataArguments, ModelArguments, Run, RunArguments
 from .recipe.parser import H4ArgumentParser, full_recipe
-from .run.checkpoints import (
+from .run.checkpoints import Checkpoint, Identity
+from .run.durable import DurableTrainer, EvaluationCut
+from .run.failures import record_crash, report
+from .run.hub import bounded, check_hub, push_run, repository_name
+from .run.records import RunRecords, write_jsonl, write_run_folder
+from .run.resuming import (
     AFRESH,
-    Checkpoint,
-    Identity,
     checkpoint_to_resume,
     choice_of_attempt,
     refuse_other_base,
@@ -41,10 +44,6 @@ from .run.checkpoints import (
     refuse_other_layout,
     refuse_other_recipe,
 )
-from .run.durable import DurableTrainer, EvaluationCut
-from .run.failures import record_crash, report
-from .run.hub import bounded, check_hub, push_run, repository_name
-from .run.records import RunRecords, write_jsonl, write_run_folder
 from .run.run_folder import find_launch, mark_launch, only_writer, read_status, write_status
 from .run.signals import RunInterrupted, StopSignals
 

@@ -19,8 +19,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, Train
 
 from ..errors import TrainingStopped
 from ..launch.strategy import WHOLE_COPY, layout
-from .checkpoints import AUTOMATIC, RECIPE_FILE, STAGING, Identity, newest_whole, numbered, prune, publish, seal, size
+from .checkpoints import RECIPE_FILE, STAGING, Identity, numbered, prune, publish, seal, size
 from .hub import push_checkpoint
+from .resuming import AUTOMATIC, newest_whole
 from .run_folder import write_status
 from .signals import RunInterrupted, StopSignals, outlast_signals
 

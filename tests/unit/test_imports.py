@@ -19,7 +19,7 @@ ORDER = {
     "recipe": ["values", "parser", "configs"],
     "model": ["loading", "adapters", "adapter_checks", "head", "shared_prompt"],
     "data": ["sources", "rows", "mixing", "chat", "tokenization", "prepare", "splits"],
-    "run": ["run_folder", "signals", "checkpoints", "hub", "guards", "durable", "failures", "records"],
+    "run": ["run_folder", "signals", "checkpoints", "resuming", "hub", "guards", "durable", "failures", "records"],
     "preference": ["losses", "collate", "metrics", "throughput"],
     "pipeline": [],
 }

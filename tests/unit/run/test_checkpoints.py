@@ -21,30 +21,32 @@ import yaml
 
 from alignment.errors import UserError
 from alignment.run.checkpoints import (
-    HARMLESS,
     MANIFEST,
     RECIPE_FILE,
     SET_ASIDE,
     STAGING,
     Checkpoint,
     Damaged,
-    checkpoint_to_resume,
-    choice_of_attempt,
-    newest_whole,
     numbered,
     prune,
     publish,
     read_facts,
-    recipe_differences,
-    refuse_other_base,
-    refuse_other_data,
-    refuse_other_layout,
-    refuse_other_recipe,
     seal,
     set_aside,
     signing_key,
     size,
     verify,
+)
+from alignment.run.resuming import (
+    HARMLESS,
+    checkpoint_to_resume,
+    choice_of_attempt,
+    newest_whole,
+    recipe_differences,
+    refuse_other_base,
+    refuse_other_data,
+    refuse_other_layout,
+    refuse_other_recipe,
 )
 
 RECIPE = {
