@@ -1,13 +1,11 @@
 """SimPOTrainer: the HF Trainer with the SimPO objective."""
 
 import logging
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from accelerate.utils import send_to_device
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
@@ -23,13 +21,13 @@ from alignment.model.adapters import add_adapter
 from alignment.model.head import add_lm_head
 from alignment.model.loading import disable_dropout, load_policy, parameter_dtype
 from alignment.model.shared_prompt import use_shared_prompts, why_not
-from alignment.preference.collate import Batch, PackedCollator, PaddedCollator, RowCollator, token_bounded
+from alignment.preference.collate import Batch, PackedCollator, PaddedCollator
 from alignment.preference.losses import response_sums, simpo_loss
-from alignment.preference.metrics import RunningMeans
+from alignment.preference.steps import DividedSteps, StepClock, StepSize, check_token_budget, micro_batches
 from alignment.preference.throughput import Throughput, dense_flops
 from alignment.report.card import simpo_card
 from alignment.run.durable import DurableTrainer
-from alignment.run.guards import GuardedSteps, NonFiniteStep
+from alignment.run.guards import NonFiniteStep
 
 from .simpo_config import SimPOConfig
 
@@ -51,14 +49,7 @@ class PairScores(NamedTuple):
     router_loss: Tensor | None  # (), the load balancing of a mixture of experts that asks for it
 
 
-class StepSize(NamedTuple):
-    """What one optimizer step averages over, on all processes; scalar tensors."""
-
-    pairs: Tensor
-    chosen_tokens: Tensor
-
-
-class SimPOTrainer(GuardedSteps, DurableTrainer):
+class SimPOTrainer(DividedSteps, DurableTrainer):
     """Trains a causal language model on preference pairs with SimPO (Meng et al. 2024, https://arxiv.org/abs/2405.14734).
 
     model: a path or Hub name, loaded with args.model_init_kwargs, or a model.
@@ -89,8 +80,6 @@ class SimPOTrainer(GuardedSteps, DurableTrainer):
             raise UserError("processing_class = None: SimPOTrainer needs the tokenizer")
         self.base_model_name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", None)
         self.dataset_names: list[str] = []  # for the model card
-        self.train_means = RunningMeans()
-        self.step_sums: list[dict[str, tuple[Tensor, Tensor | int]]] = []  # of the running step's micro-batches
         self.eval_pairs: dict[str, dict[str, np.ndarray]] = {}  # of the last evaluation, by metric prefix
 
         if args.max_length is None or args.max_prompt_length is None:
@@ -203,67 +192,6 @@ class SimPOTrainer(GuardedSteps, DurableTrainer):
             rejected_tokens=scores.rejected_tokens[rows],
         )
         return (loss, scores) if return_outputs else loss
-
-    # ---- Steps ----
-
-    def get_train_dataloader(self) -> DataLoader:
-        """Batches of a fixed number of pairs; with max_tokens_per_micro_batch their rows, which `get_batch_samples` divides."""
-        collator = self.data_collator
-        if self.args.max_tokens_per_micro_batch is not None:
-            self.data_collator = RowCollator()
-        try:
-            return super().get_train_dataloader()
-        finally:
-            self.data_collator = collator
-
-    def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device) -> tuple[list, StepSize | None]:
-        """The micro-batches of one optimizer step, and how many pairs they are on all processes.
-
-        Divided by tokens, the last sample has them all in `micro_batches`; the others, which the Trainer counts, have none.
-        """
-        samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self.step_sums.clear()
-        self.throughput.start_step()
-        if samples and self.args.max_tokens_per_micro_batch is not None:
-            rows = [row for sample in samples for row in sample["rows"].rows]
-            divided = token_bounded(rows, self.args.max_tokens_per_micro_batch)
-            empty: list[Batch] = [{"micro_batches": []} for _ in samples[1:]]
-            samples = [*empty, {"micro_batches": send_to_device(divided, device)}]
-        batches = [batch for sample in samples for batch in micro_batches(sample)]
-        self.throughput.counts += [batch["token_counts"] for batch in batches]
-        return samples, self.step_size(batches) if batches else None
-
-    def step_size(self, batches: list[Batch]) -> StepSize:
-        pairs = sum(len(batch["index"]) for batch in batches)
-        chosen = sum(batch["is_response"].chunk(2)[0].sum() for batch in batches)
-        counts = torch.stack([torch.as_tensor(pairs, device=chosen.device), chosen]).to(self.args.device)
-        return StepSize(*self.accelerator.reduce(counts, reduction="sum"))
-
-    def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: StepSize | None = None) -> Tensor:
-        """Forward and backward of a micro-batch, or of all of a step where the step is divided by tokens."""
-        if "micro_batches" not in inputs:
-            return super().training_step(model, inputs, num_items_in_batch)
-        batches = inputs["micro_batches"]
-        if not batches:
-            return torch.zeros((), device=self.args.device)
-        # A process with fewer micro-batches repeats its last one without weight: collectives come in equal numbers.
-        rounds = int(self.accelerator.gather(torch.tensor([len(batches)], device=self.args.device)).max())
-        losses = []
-        for number in range(rounds):
-            last = number == rounds - 1
-            self.accelerator.gradient_state._set_sync_gradients(last)
-            with nullcontext() if last else self.accelerator.no_sync(model):
-                batch = batches[number] if number < len(batches) else {**batches[-1], "repeated": True}
-                losses.append(super().training_step(model, batch, num_items_in_batch))
-        return torch.stack(losses).sum()
-
-    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        """Behind every step. The means are those of the steps that were taken."""
-        for sums in self.step_sums if not self.is_skipping else ():
-            for name, (total, count) in sums.items():
-                self.train_means.add(name, total, count)
-        self.step_sums.clear()
-        super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def describe_batch(self, inputs: Batch) -> str:
         counts, rows = inputs["token_counts"], set(inputs["index"].tolist())
@@ -407,33 +335,9 @@ class SimPOTrainer(GuardedSteps, DurableTrainer):
         return sums / tokens if average_log_prob else sums
 
 
-class StepClock(TrainerCallback):
-    """Tells the throughput where a step ends, so that evaluation and saving are not counted."""
-
-    def __init__(self, throughput: Throughput):
-        self.throughput = throughput
-
-    def on_step_end(self, args, state, control, **kwargs) -> None:
-        self.throughput.end_step()
-
-
-def micro_batches(sample: Batch) -> list[Batch]:
-    return sample.get("micro_batches", [sample])
-
-
 def trainable_share(model: nn.Module) -> float:
     sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]  # ds_numel under ZeRO-3
     return sum(size for size, trained in sizes if trained) / sum(size for size, _ in sizes)
-
-
-def check_token_budget(budget: int, collator: PaddedCollator | PackedCollator, rows: Dataset | None) -> None:
-    """Raises UserError if batches are not packed, or the longest pair alone is over the budget."""
-    key = f"max_tokens_per_micro_batch = {budget}"
-    if not isinstance(collator, PackedCollator):
-        raise UserError(f"{key}: only packed batches are divided by tokens; remove it, or see pair_layout")
-    longest = 0 if rows is None else longest_pair(rows)
-    if longest > budget:
-        raise UserError(f"{key}: the longest pair has {longest} tokens; give at least that, or lower max_length")
 
 
 def pair_metrics(scores: PairScores, chosen_rewards: Tensor, rejected_rewards: Tensor) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ ORDER = {
     "model": ["loading", "adapters", "adapter_checks", "head", "shared_prompt"],
     "data": ["sources", "rows", "mixing", "chat", "tokenization", "prepare", "splits"],
     "run": ["run_folder", "signals", "checkpoints", "resuming", "hub", "guards", "durable", "failures", "records"],
-    "preference": ["losses", "collate", "metrics", "throughput"],
+    "preference": ["losses", "collate", "metrics", "throughput", "steps"],
     "pipeline": [],
 }
 CODE_FOLDERS = ("alignment", "scripts", "on_policy_data_gen", "eval", "benchmarks")
