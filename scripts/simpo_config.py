@@ -73,7 +73,21 @@ class SimPOConfig(RunArguments, TrainingArguments):
         default=None,
         metadata={
             "help": "Divide the pairs of a step (per_device_train_batch_size x gradient_accumulation_steps a process) into "
-            "packed micro-batches of at most so many tokens, instead of a fixed count; data order and steps stay."
+            "micro-batches of at most so many tokens, packed or padded, instead of a fixed count; data order and steps stay."
+        },
+    )
+    recompute_layers: int | None = field(
+        default=None,
+        metadata={
+            "help": "With gradient_checkpointing, how many of the model's layers are computed again in the backward pass, "
+            "instead of being kept in memory; null: all."
+        },
+    )
+    use_liger_kernel: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Norms, rotations and gated products by Liger's kernels; the loss stays this suite's. null: on a GPU, "
+            "where liger_kernel is installed."
         },
     )
     generate_during_eval: bool = field(default=False, metadata={"help": "Not supported; sample from the saved model."})
@@ -90,6 +104,8 @@ class SimPOConfig(RunArguments, TrainingArguments):
     def problems(self) -> list[Problem]:
         counts = ("max_length", "max_prompt_length", "dataset_num_proc", "max_tokens_per_micro_batch")
         problems = super().problems() + positive_problem(self, "beta", *counts)
+        if self.recompute_layers is not None and self.recompute_layers < 0:
+            problems.append(Problem("recompute_layers", self.recompute_layers, "must not be negative"))
         for key, choices in CHOICES.items():
             problems += choice_problem(self, key, choices)
         for key, (allowed, advice) in RANGES.items():

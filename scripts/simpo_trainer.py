@@ -19,11 +19,12 @@ from alignment.data.tokenization import SIDES, TOKEN_COLUMNS, LengthRules, token
 from alignment.errors import UserError
 from alignment.model.adapters import add_adapter
 from alignment.model.head import add_lm_head
+from alignment.model.layers import use_fused_kernels
 from alignment.model.loading import disable_dropout, load_policy, parameter_dtype
-from alignment.model.shared_prompt import use_shared_prompts, why_not
+from alignment.model.shared_prompt import describe_kernel, use_shared_prompts, why_not
 from alignment.preference.collate import Batch, PackedCollator, PaddedCollator
 from alignment.preference.losses import response_sums, simpo_loss
-from alignment.preference.steps import DividedSteps, StepClock, StepSize, check_token_budget, micro_batches
+from alignment.preference.steps import DividedSteps, RecomputedLayers, StepClock, StepSize, check_token_budget, counts_of
 from alignment.preference.throughput import Throughput, dense_flops
 from alignment.report.card import simpo_card
 from alignment.run.durable import DurableTrainer
@@ -34,7 +35,7 @@ from .simpo_config import SimPOConfig
 logger = logging.getLogger(__name__)
 
 
-FORWARD_COLUMNS = ("input_ids", "attention_mask", "position_ids", "shift_labels", "shared_prompt")
+FORWARD_COLUMNS = ("input_ids", "attention_mask", "position_ids", "shift_labels", "scored", "shared_prompt")
 
 
 class PairScores(NamedTuple):
@@ -93,15 +94,16 @@ class SimPOTrainer(DividedSteps, DurableTrainer):
         if isinstance(model, str):
             model = load_policy(model, **{"dtype": parameter_dtype(None), **(args.model_init_kwargs or {})})
         policy = model.get_base_model() if isinstance(model, PeftModel) else model
-        add_lm_head(policy, args.device.type)
+        add_lm_head(policy)
         if peft_config is not None:
             model = add_adapter(model, peft_config, args)
         if args.disable_dropout and (switched_off := disable_dropout(model)):
             logger.info("Dropout off: %s", ", ".join(switched_off))
         padding = args.padding_value if args.padding_value is not None else processing_class.pad_token_id
-        collator = PackedCollator() if packs(policy, args.pair_layout) else PaddedCollator(pad_token_id=padding)
+        collator = PackedCollator() if packs(policy, args.pair_layout, args.device) else PaddedCollator(pad_token_id=padding)
         if args.max_tokens_per_micro_batch is not None:
             check_token_budget(args.max_tokens_per_micro_batch, collator, train_dataset)
+        use_fused_kernels(args)
         super().__init__(
             model=model,
             args=args,
@@ -116,6 +118,7 @@ class SimPOTrainer(DividedSteps, DurableTrainer):
         is_packed = isinstance(collator, PackedCollator)
         self.throughput = Throughput(dense_flops(policy, trainable_share(self.model)), args.device, is_packed=is_packed)
         self.add_callback(StepClock(self.throughput))
+        self.add_callback(RecomputedLayers(args.recompute_layers))
         if hasattr(self.model, "add_model_tags"):
             self.model.add_model_tags(list(self._tag_names))
 
@@ -163,7 +166,7 @@ class SimPOTrainer(DividedSteps, DurableTrainer):
         """This micro-batch's share of the step's loss: every pair of the step weighs the same, however it is split."""
         scores = self.concatenated_forward(model, inputs)
         losses, chosen_rewards, rejected_rewards = self.simpo_loss(scores.chosen_mean_logp, scores.rejected_mean_logp)
-        step = self.step_size([inputs]) if num_items_in_batch is None else num_items_in_batch
+        step = self.step_size([inputs["token_counts"]]) if num_items_in_batch is None else num_items_in_batch
         repeated = inputs.get("repeated", False)
         # Gradients are averaged over processes, each of which has divided by the pairs of all.
         share = 0.0 if repeated else self.accelerator.num_processes / step.pairs
@@ -217,8 +220,7 @@ class SimPOTrainer(DividedSteps, DurableTrainer):
         if self.throughput.step_flops is None:
             return 0
         body, head = self.throughput.step_flops
-        counts = [batch["token_counts"] for batch in micro_batches(inputs)]
-        return sum(body * count.distinct + head * count.scored for count in counts)
+        return sum(body * count.distinct + head * count.scored for count in counts_of(inputs))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the running means and the speed to every training record."""
@@ -356,13 +358,16 @@ def pair_metrics(scores: PairScores, chosen_rewards: Tensor, rejected_rewards: T
     }
 
 
-def packs(model: PreTrainedModel, pair_layout: str) -> bool:
+def packs(model: PreTrainedModel, pair_layout: str, device: torch.device) -> bool:
     """Whether batches are packed; prepares the model for them. Raises UserError if that is asked for and impossible."""
     if pair_layout == "padded":
         return False
     reason = why_not(model)
     if reason is None:
-        use_shared_prompts(model)
+        implementation, keeps_eager = model.config.get_text_config()._attn_implementation, pair_layout == "packed"
+        use_shared_prompts(model, keeps_eager=keeps_eager)
+        kernel = describe_kernel(implementation, device, keeps_eager=keeps_eager)
+        logger.info("Packed batches, each prompt computed once; attention: %s.", kernel)
         return True
     if pair_layout == "packed":
         raise UserError(f"pair_layout = packed: not possible with this model, because {reason}; use auto or padded")

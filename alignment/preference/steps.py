@@ -1,10 +1,11 @@
 """How an optimizer step is divided into micro-batches, by a fixed count of pairs or by tokens: the same step either way."""
 
+import logging
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
-from accelerate.utils import send_to_device
+from accelerate.utils import DistributedType
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -12,17 +13,20 @@ from transformers import TrainerCallback
 
 from ..data.prepare import longest_pair
 from ..errors import UserError
+from ..model.layers import recompute_first
 from ..run.guards import GuardedSteps
-from .collate import Batch, PackedCollator, PaddedCollator, RowCollator, token_bounded
+from .collate import Batch, PackedCollator, PaddedCollator, Row, RowCollator, TokenCounts, divided, on_device, token_counts
 from .metrics import RunningMeans
 from .throughput import Throughput
 
+logger = logging.getLogger(__name__)
+
 
 class StepSize(NamedTuple):
-    """What one optimizer step averages over, on all processes; scalar tensors."""
+    """What one optimizer step averages over, on all processes: numbers, or scalar tensors where others have a share."""
 
-    pairs: Tensor
-    chosen_tokens: Tensor
+    pairs: float | Tensor
+    chosen_tokens: float | Tensor
 
 
 class DividedSteps(GuardedSteps):
@@ -37,6 +41,10 @@ class DividedSteps(GuardedSteps):
         self.train_means = RunningMeans()
         self.step_sums: list[dict[str, tuple[Tensor, Tensor | int]]] = []  # of the running step's micro-batches
         super().__init__(*args, **kwargs)
+        self.reduces_each = self.accelerator.distributed_type == DistributedType.FSDP
+        if self.reduces_each:
+            # Gradients that wait for the step's last micro-batch are whole ones, on every GPU: 26 GB of them for 8B.
+            self.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
 
     def get_train_dataloader(self) -> DataLoader:
         """Batches of a fixed number of pairs; with max_tokens_per_micro_batch their rows, which `get_batch_samples` divides."""
@@ -51,41 +59,56 @@ class DividedSteps(GuardedSteps):
     def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device) -> tuple[list, StepSize | None]:
         """The micro-batches of one optimizer step, and how many pairs they are on all processes.
 
-        Divided by tokens, the last sample has them all in `micro_batches`; the others, which the Trainer counts, have none.
+        Divided by tokens, the last sample has the rows of all of them in `micro_batches`; the others, which the Trainer
+        counts, have none.
         """
         samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.step_sums.clear()
         self.throughput.start_step()
-        if samples and self.args.max_tokens_per_micro_batch is not None:
-            rows = [row for sample in samples for row in sample["rows"].rows]
-            divided = token_bounded(rows, self.args.max_tokens_per_micro_batch)
-            empty: list[Batch] = [{"micro_batches": []} for _ in samples[1:]]
-            samples = [*empty, {"micro_batches": send_to_device(divided, device)}]
-        batches = [batch for sample in samples for batch in micro_batches(sample)]
-        self.throughput.counts += [batch["token_counts"] for batch in batches]
-        return samples, self.step_size(batches) if batches else None
+        if not samples:
+            return samples, None
+        if self.args.max_tokens_per_micro_batch is None:
+            counts = [sample["token_counts"] for sample in samples]
+        else:
+            parts, rounds = self.divided_evenly([row for sample in samples for row in sample["rows"].rows])
+            counts = [token_counts(part) for part in parts]
+            divided_step = {"micro_batches": parts, "token_counts": counts, "rounds": rounds}
+            samples = [*({"micro_batches": [], "token_counts": []} for _ in samples[1:]), divided_step]
+        self.throughput.counts += counts
+        return samples, self.step_size(counts)
 
-    def step_size(self, batches: list[Batch]) -> StepSize:
-        pairs = sum(len(batch["index"]) for batch in batches)
-        chosen = sum(batch["is_response"].chunk(2)[0].sum() for batch in batches)
-        counts = torch.stack([torch.as_tensor(pairs, device=chosen.device), chosen]).to(self.args.device)
-        return StepSize(*self.accelerator.reduce(counts, reduction="sum"))
+    def divided_evenly(self, rows: list[Row]) -> tuple[list[list[Row]], int]:
+        """This process's rows in micro-batches within the budget, and how many the process with the most makes: as many."""
+        budget = self.args.max_tokens_per_micro_batch
+        parts = divided(rows, self.data_collator, budget)
+        if self.accelerator.num_processes == 1:
+            return parts, len(parts)
+        most = int(self.accelerator.gather(torch.tensor([len(parts)], device=self.args.device)).max())
+        even = divided(rows, self.data_collator, budget, at_least=most)
+        return even if len(even) <= most else parts, most
+
+    def step_size(self, counts: list[TokenCounts]) -> StepSize:
+        sums = [float(sum(getattr(count, name) for count in counts)) for name in ("pairs", "chosen")]
+        if self.accelerator.num_processes == 1:
+            return StepSize(*sums)
+        return StepSize(*self.accelerator.reduce(torch.tensor(sums, device=self.args.device), reduction="sum"))
 
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: StepSize | None = None) -> Tensor:
         """Forward and backward of a micro-batch, or of all of a step where the step is divided by tokens."""
         if "micro_batches" not in inputs:
             return super().training_step(model, inputs, num_items_in_batch)
-        batches = inputs["micro_batches"]
-        if not batches:
+        parts = inputs["micro_batches"]
+        if not parts:
             return torch.zeros((), device=self.args.device)
-        # A process with fewer micro-batches repeats its last one without weight: collectives come in equal numbers.
-        rounds = int(self.accelerator.gather(torch.tensor([len(batches)], device=self.args.device)).max())
         losses = []
-        for number in range(rounds):
-            last = number == rounds - 1
+        for number in range(inputs["rounds"]):
+            last = number == inputs["rounds"] - 1
             self.accelerator.gradient_state._set_sync_gradients(last)
-            with nullcontext() if last else self.accelerator.no_sync(model):
-                batch = batches[number] if number < len(batches) else {**batches[-1], "repeated": True}
+            with nullcontext() if last or self.reduces_each else self.accelerator.no_sync(model):
+                # Made while the GPU computes the one before. A process that has fewer repeats its last one, without weight:
+                # collectives come in equal numbers.
+                batch = on_device(self.data_collator(parts[min(number, len(parts) - 1)]), self.args.device)
+                batch = batch if number < len(parts) else {**batch, "repeated": True}
                 losses.append(super().training_step(model, batch, num_items_in_batch))
         return torch.stack(losses).sum()
 
@@ -98,6 +121,18 @@ class DividedSteps(GuardedSteps):
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
 
+class RecomputedLayers(TrainerCallback):
+    """Says which layers are computed again, once the Trainer has switched gradient checkpointing on for all of them."""
+
+    def __init__(self, count: int | None):
+        self.count = count
+
+    def on_train_begin(self, args, state, control, model: nn.Module, **kwargs) -> None:
+        if args.gradient_checkpointing and self.count is not None:
+            layers = recompute_first(model, self.count)
+            logger.info("%d of %d layers are computed again in the backward pass.", min(self.count, layers), layers)
+
+
 class StepClock(TrainerCallback):
     """Tells the throughput where a step ends, so that evaluation and saving are not counted."""
 
@@ -108,15 +143,16 @@ class StepClock(TrainerCallback):
         self.throughput.end_step()
 
 
-def micro_batches(sample: Batch) -> list[Batch]:
-    return sample.get("micro_batches", [sample])
+def counts_of(sample: Batch) -> list[TokenCounts]:
+    """Of the micro-batches that a sample of the Trainer's stands for."""
+    counts = sample["token_counts"]
+    return counts if isinstance(counts, list) else [counts]
 
 
 def check_token_budget(budget: int, collator: PaddedCollator | PackedCollator, rows: Dataset | None) -> None:
-    """Raises UserError if batches are not packed, or the longest pair alone is over the budget."""
-    key = f"max_tokens_per_micro_batch = {budget}"
-    if not isinstance(collator, PackedCollator):
-        raise UserError(f"{key}: only packed batches are divided by tokens; remove it, or see pair_layout")
-    longest = 0 if rows is None else longest_pair(rows)
+    """Raises UserError if the longest pair alone is over the budget."""
+    is_padded = isinstance(collator, PaddedCollator)
+    longest = 0 if rows is None else 2 * max(rows["length"]) if is_padded else longest_pair(rows)
     if longest > budget:
+        key = f"max_tokens_per_micro_batch = {budget}"
         raise UserError(f"{key}: the longest pair has {longest} tokens; give at least that, or lower max_length")

@@ -17,7 +17,7 @@ ORDER = {
     "report": ["card", "curves"],
     "launch": ["launch", "strategy", "turns"],
     "recipe": ["values", "parser", "configs"],
-    "model": ["loading", "adapters", "adapter_checks", "head", "shared_prompt"],
+    "model": ["loading", "adapters", "adapter_checks", "layers", "head", "shared_prompt"],
     "data": ["sources", "rows", "mixing", "chat", "tokenization", "prepare", "splits"],
     "run": ["run_folder", "signals", "checkpoints", "resuming", "hub", "guards", "durable", "failures", "records"],
     "preference": ["losses", "collate", "metrics", "throughput", "steps"],
