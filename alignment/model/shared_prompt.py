@@ -279,7 +279,8 @@ def readers(layout: SharedPrompt) -> Tensor:
 def block_mask(layout: SharedPrompt, window: int | None, device: torch.device) -> BlockMask:
     """The whole row's mask for flex_attention, in blocks."""
     tokens = sum(s.length for s in layout.segments)
-    owner, reads, position = readers(layout).to(device)
+    numbers = readers(layout)
+    owner, reads, position = (numbers.pin_memory() if device.type == "cuda" else numbers).to(device, non_blocking=True)
 
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         distance = position[query] - position[key]

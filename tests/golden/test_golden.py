@@ -42,7 +42,10 @@ LAYOUTS = {
 @pytest.mark.parametrize("options", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("name", RUNS)
 def test_a_published_recipe_gives_the_published_trace(name, options, run_recipe):
-    trainer = run_recipe(name, *options)
+    assert_published_trace(run_recipe(name, *options), name)
+
+
+def assert_published_trace(trainer: SimPOTrainer, name: str) -> None:
     expected = [record for record in published("traces", name) if "train_loss" not in record]
     # The evaluation after training stands behind the last step's.
     records = [record for record in trainer.state.log_history if "train_loss" not in record][: len(expected)]
