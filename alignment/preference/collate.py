@@ -1,5 +1,6 @@
 """Tokenized pairs -> batches of tensors: padded rows, one packed row, or a step's packed rows. B pairs, T tokens."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,21 +22,29 @@ class PaddedCollator:
 
     Returns input_ids, attention_mask and shift_labels, (2B, T), where shift_labels[r, t] is the token that position t
     predicts, or -100 where that is not of the response; is_response, (2B, T); and the columns of `about_pairs`.
+    scores_prompt: label the prompts of the chosen rows too; is_chosen_row, (B, T), is where anything of such a row is scored.
     """
 
     pad_token_id: int
+    scores_prompt: bool = False
 
     def __call__(self, rows: list[Row]) -> Batch:
         sides = [(row[f"{side}_input_ids"], row[f"{side}_prompt_length"]) for side in SIDES for row in rows]
         input_ids = [torch.tensor(ids) for ids, _ in sides]
         labels = [torch.tensor(labels_of(ids, prompt_length)) for ids, prompt_length in sides]
         shift_labels = pad_sequence(labels, batch_first=True, padding_value=IGNORED)
+        is_response, whole = shift_labels != IGNORED, {}
+        if self.scores_prompt:
+            for number, row in enumerate(rows):
+                shift_labels[number, : len(row["chosen_input_ids"])] = torch.tensor(labels_of(row["chosen_input_ids"], 0))
+            whole = {"is_chosen_row": shift_labels[: len(rows)] != IGNORED}
         return {
             "input_ids": pad_sequence(input_ids, batch_first=True, padding_value=self.pad_token_id),
             "attention_mask": pad_sequence([torch.ones_like(ids) for ids in input_ids], batch_first=True),
             "shift_labels": shift_labels,
-            "is_response": shift_labels != IGNORED,
-            **about_pairs(rows),
+            "is_response": is_response,
+            **whole,
+            **about_pairs(rows, scores_prompt=self.scores_prompt),
         }
 
 
@@ -45,22 +54,31 @@ class PackedCollator:
 
     Returns input_ids, position_ids and shift_labels, (1, T); is_response, (2B, T), which tokens of the row are scored
     for which response; shared_prompt, the layout of attention; an attention_mask that only says that no mask is to be
-    made; and the columns of `about_pairs`.
+    made; and the columns of `about_pairs`. scores_prompt: as of PaddedCollator.
     """
+
+    scores_prompt: bool = False
 
     def __call__(self, rows: list[Row]) -> Batch:
         pairs = [packed_pair(row) for row in rows]
         pieces = [piece for pair in pairs for piece in pair]
         shift_labels = torch.tensor([label for piece in pieces for label in piece.labels])
         owner = torch.tensor([owner for piece, owner in zip(pieces, owners(len(rows)), strict=True) for _ in piece.ids])
+        is_response, whole = (owner == torch.arange(2 * len(rows))[:, None]) & (shift_labels != IGNORED), {}
+        if self.scores_prompt:
+            shift_labels = torch.tensor([label for row in rows for label in whole_chosen_labels(row)])
+            pair = torch.arange(len(rows)).repeat_interleave(torch.tensor([packed_tokens(row) for row in rows]))
+            in_row = (pair == torch.arange(len(rows))[:, None]) & (owner < len(rows))
+            whole = {"is_chosen_row": in_row & (shift_labels != IGNORED)}
         return {
             "input_ids": torch.tensor([[token for piece in pieces for token in piece.ids]]),
             "position_ids": torch.cat([torch.arange(p.start, p.start + len(p.ids)) for p in pieces])[None],
             "shift_labels": shift_labels[None],
-            "is_response": (owner == torch.arange(2 * len(rows))[:, None]) & (shift_labels != IGNORED),
+            "is_response": is_response,
+            **whole,
             "shared_prompt": shared_prompt_layout([tuple(len(piece.ids) for piece in pair) for pair in pairs]),
             "attention_mask": torch.zeros(1, 1, 1, 1, dtype=torch.bool),  # transformers hands a 4D mask on as it is
-            **about_pairs(rows),
+            **about_pairs(rows, scores_prompt=self.scores_prompt),
         }
 
 
@@ -69,7 +87,8 @@ class RowCollator:
     """B pairs -> {"rows": Rows}: as they are, to be divided when those of the whole optimizer step are known."""
 
     def __call__(self, rows: list[Row]) -> Batch:
-        return {"rows": Rows([{**row, "sft_scale": scale} for row, scale in zip(rows, sft_scales(rows), strict=True)])}
+        scales = {"sft_scale": sft_scale(rows), "whole_scale": whole_scale(rows)}
+        return {"rows": Rows([{**row, **scales} for row in rows])}
 
 
 @dataclass(frozen=True)
@@ -79,10 +98,10 @@ class Rows:
     rows: list[Row]
 
 
-def token_bounded(rows: list[Row], max_tokens: int) -> list[Batch]:
+def token_bounded(rows: list[Row], max_tokens: int, collate: Callable[[list[Row]], Batch]) -> list[Batch]:
     """Packed micro-batches of at most `max_tokens` tokens each, of the pairs of an optimizer step."""
     bins = within_budget([packed_tokens(row) for row in rows], max_tokens)
-    return [PackedCollator()([rows[number] for number in numbers]) for numbers in bins]
+    return [collate([rows[number] for number in numbers]) for numbers in bins]
 
 
 def within_budget(sizes: list[int], budget: int) -> list[list[int]]:
@@ -120,6 +139,13 @@ def packed_pair(row: Row) -> tuple[Piece, Piece, Piece]:
     start = shared_tokens(row)
     prompt = Piece(sides[0][0][:start], [IGNORED] * start, 0)
     return prompt, *(Piece(ids[start:-1], labels_of(ids, prompt_length)[start:-1], start) for ids, prompt_length in sides)
+
+
+def whole_chosen_labels(row: Row) -> list[int]:
+    """What each position of the packed pair predicts where the chosen row is scored from its first token on."""
+    start = shared_tokens(row)
+    whole, rejected = labels_of(row["chosen_input_ids"], 0), labels_of(row["rejected_input_ids"], row["rejected_prompt_length"])
+    return [*whole[:start], *whole[start:-1], *rejected[start:-1]]
 
 
 def shared_tokens(row: Row) -> int:
@@ -162,23 +188,33 @@ class TokenCounts:
     scored: int  # of the distinct ones, those whose prediction is scored: all that the head computes
 
 
-def about_pairs(rows: list[Row]) -> dict[str, Tensor | TokenCounts]:
-    """index, (B,): the pairs' rows in their split; sft_scale, (B,); and the micro-batch's token counts."""
+def about_pairs(rows: list[Row], *, scores_prompt: bool = False) -> dict[str, Tensor | TokenCounts]:
+    """index, (B,): the pairs' rows in their split; sft_scale and whole_scale, (B,); and the micro-batch's token counts."""
     lengths = [len(row[f"{side}_input_ids"]) for side in SIDES for row in rows]
     prompts = [row[f"{side}_prompt_length"] for side in SIDES for row in rows]
     counts = TokenCounts(
         distinct=sum(packed_tokens(row) for row in rows),
         padded=len(lengths) * max(lengths),
-        scored=sum(lengths) - sum(prompts),
+        scored=sum(lengths) - sum(prompts) + scores_prompt * sum(max(length - 1, 0) for length in prompts[: len(rows)]),
     )
     return {
         "index": torch.tensor([row["index"] for row in rows]),
-        "sft_scale": torch.tensor([row["sft_scale"] for row in rows] if "sft_scale" in rows[0] else sft_scales(rows)),
+        "sft_scale": scales_of(rows, "sft_scale", sft_scale),
+        "whole_scale": scales_of(rows, "whole_scale", whole_scale),
         "token_counts": counts,
     }
 
 
-def sft_scales(rows: list[Row]) -> list[float]:
+def scales_of(rows: list[Row], name: str, scale: Callable[[list[Row]], float]) -> Tensor:
+    """(B,): what the rows carry since they were divided by tokens, or what they have among themselves."""
+    return torch.tensor([row[name] for row in rows] if name in rows[0] else [scale(rows)] * len(rows))
+
+
+def sft_scale(rows: list[Row]) -> float:
     """What a pair's chosen nats are multiplied by, so that their sum is B times the micro-batch's mean per chosen token."""
-    tokens = sum(len(row["chosen_input_ids"]) - row["chosen_prompt_length"] for row in rows)
-    return [len(rows) / tokens] * len(rows)
+    return len(rows) / sum(len(row["chosen_input_ids"]) - row["chosen_prompt_length"] for row in rows)
+
+
+def whole_scale(rows: list[Row]) -> float:
+    """The same of chosen rows whose prompt is scored too; their first token, which nothing predicts, is not."""
+    return len(rows) / sum(len(row["chosen_input_ids"]) - 1 for row in rows)

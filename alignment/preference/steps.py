@@ -23,6 +23,7 @@ class StepSize(NamedTuple):
 
     pairs: Tensor
     chosen_tokens: Tensor
+    whole_chosen_tokens: Tensor  # of prompt and response, where the prompt is scored
 
 
 class DividedSteps(GuardedSteps):
@@ -58,7 +59,7 @@ class DividedSteps(GuardedSteps):
         self.throughput.start_step()
         if samples and self.args.max_tokens_per_micro_batch is not None:
             rows = [row for sample in samples for row in sample["rows"].rows]
-            divided = token_bounded(rows, self.args.max_tokens_per_micro_batch)
+            divided = token_bounded(rows, self.args.max_tokens_per_micro_batch, self.data_collator)
             empty: list[Batch] = [{"micro_batches": []} for _ in samples[1:]]
             samples = [*empty, {"micro_batches": send_to_device(divided, device)}]
         batches = [batch for sample in samples for batch in micro_batches(sample)]
@@ -68,7 +69,9 @@ class DividedSteps(GuardedSteps):
     def step_size(self, batches: list[Batch]) -> StepSize:
         pairs = sum(len(batch["index"]) for batch in batches)
         chosen = sum(batch["is_response"].chunk(2)[0].sum() for batch in batches)
-        counts = torch.stack([torch.as_tensor(pairs, device=chosen.device), chosen]).to(self.args.device)
+        whole = sum(batch["is_chosen_row"].sum() for batch in batches if "is_chosen_row" in batch)
+        counts = torch.stack([torch.as_tensor(count, device=chosen.device) for count in (pairs, chosen, whole)])
+        counts = counts.to(self.args.device)
         return StepSize(*self.accelerator.reduce(counts, reduction="sum"))
 
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: StepSize | None = None) -> Tensor:

@@ -5,7 +5,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from alignment.preference.collate import PaddedCollator, RowCollator, TokenCounts, packed_tokens, token_bounded, within_budget
+from alignment.preference.collate import (
+    PackedCollator,
+    PaddedCollator,
+    RowCollator,
+    TokenCounts,
+    packed_tokens,
+    token_bounded,
+    within_budget,
+)
 from tests.builders import token_rows
 
 PAD = 7
@@ -97,7 +105,7 @@ def test_every_item_is_in_one_bin_and_no_bin_is_over_budget(sizes, budget):
 def test_micro_batches_hold_every_pair_once_within_their_tokens():
     rows = token_rows([(5, 3, 9), (2, 12, 4), (1, 1, 1), (9, 6, 6), (4, 20, 2)])
     budget = max(packed_tokens(row) for row in rows)
-    batches = token_bounded(rows, max_tokens=budget)
+    batches = token_bounded(rows, budget, PackedCollator())
     assert sorted(number for batch in batches for number in batch["index"].tolist()) == [0, 1, 2, 3, 4]
     assert all(batch["input_ids"].shape[1] <= budget for batch in batches)
 
@@ -106,7 +114,7 @@ def test_the_published_cross_entropy_keeps_the_scale_of_the_fixed_micro_batches(
     """Pairs 0 and 1, then 2 and 3, then 4 alone: 2 / 15, 2 / 7, 1 / 20."""
     rows = token_rows([(5, 3, 9), (2, 12, 4), (1, 1, 1), (9, 6, 6), (4, 20, 2)])
     loaded = [row for fixed in (rows[:2], rows[2:4], rows[4:]) for row in RowCollator()(fixed)["rows"].rows]
-    batches = token_bounded(loaded, max_tokens=40)
+    batches = token_bounded(loaded, 40, PackedCollator())
     scales = {i: s for batch in batches for i, s in zip(batch["index"].tolist(), batch["sft_scale"].tolist(), strict=True)}
     expected = {0: 2 / 15, 1: 2 / 15, 2: 2 / 7, 3: 2 / 7, 4: 1 / 20}
     assert scales == pytest.approx(expected)
