@@ -26,7 +26,7 @@ from .errors import TrainingStopped, UserError
 from .launch.launch import check_launch, outwait_compilers
 from .launch.strategy import layout, save_whole_model, take_strategy
 from .model.adapter_checks import check_adapters
-from .model.adapters import base_identity, settle_adapter, starting_point
+from .model.adapters import base_identity, settle_adapter, start_identity, starting_point
 from .model.loading import check_attention, check_model_path, model_init_kwargs
 from .recipe.configs import DataArguments, ModelArguments, Run, RunArguments
 from .recipe.parser import H4ArgumentParser, full_recipe
@@ -93,7 +93,9 @@ def run(method: Method, argv: Sequence[str] | None = None) -> DurableTrainer | N
     set_up_logging(training_args)
     for notice in parser.notices:
         logger.info(notice)
-    run_ = Run(model_args, data_args, training_args, full_recipe(parser.recipe, parser.dataclass_types))
+    logger.info("Objective: %s.", training_args.objective)
+    recipe = training_args.followed_defaults | parser.recipe
+    run_ = Run(model_args, data_args, training_args, full_recipe(recipe, parser.dataclass_types))
     check(run_)
     if training_args.prepare_only:
         tokenized_splits(method.data, ready_tokenizer(run_), run_)
@@ -175,12 +177,13 @@ def identity_of(trainer: DurableTrainer, run_: Run, data: str, checkpoint: Check
     """What the checkpoints of this run will say of it. Raises UserError if that is not what `checkpoint` says."""
     strategy, processes = layout(trainer.accelerator), run_.training_args.world_size
     base = decided_by_main(lambda: base_identity(trainer, run_.model_args))
+    start = decided_by_main(lambda: start_identity(run_.model_args))
     run_id = decided_by_main(lambda: uuid.uuid4().hex[:12])
     if checkpoint is not None:
         refuse_other_layout(checkpoint, strategy, processes)
         refuse_other_base(checkpoint, base)
         run_id = checkpoint.manifest.get("run_id", run_id)
-    return Identity(run_id, run_.recipe, data, base, strategy, processes, run_.rows_per_step)
+    return Identity(run_id, run_.recipe, data, base, strategy, processes, run_.rows_per_step, start)
 
 
 def end_again(run_: Run, data: str, stop: StopSignals) -> None:
@@ -319,7 +322,7 @@ def save(trainer: Trainer) -> None:
 
 
 def evaluate(trainer: Trainer, run_: Run) -> None:
-    """eval_results.json, and where the trainer scores pairs, eval_pairs.jsonl with every held-out pair's figures."""
+    """eval_results.json, and where the trainer scores pairs, eval_pairs.jsonl with each held-out one's, before and after."""
     try:
         metrics = trainer.evaluate()
     except EvaluationCut:
@@ -327,11 +330,8 @@ def evaluate(trainer: Trainer, run_: Run) -> None:
     metrics["eval_samples"] = len(trainer.eval_dataset)
     trainer.log_metrics("eval", metrics)
     trainer.save_metrics("eval", metrics)
-    pairs = getattr(trainer, "eval_pairs", {}).get("eval")
-    if pairs is not None and trainer.is_world_process_zero():
-        columns = [column.tolist() for column in pairs.values()]
-        records = [dict(zip(pairs, values, strict=True)) for values in zip(*columns, strict=True)]
-        write_jsonl(run_.output_dir / "eval_pairs.jsonl", records)
+    if hasattr(trainer, "pair_records") and trainer.is_world_process_zero():
+        write_jsonl(run_.output_dir / "eval_pairs.jsonl", trainer.pair_records())
 
 
 def finish(trainer: Trainer, run_: Run) -> None:

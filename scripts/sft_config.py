@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import trl
 
 from alignment.recipe.configs import RunArguments
+from alignment.report.objective import Objective
 
 
 @dataclass
@@ -15,3 +16,7 @@ class SFTConfig(RunArguments, trl.SFTConfig):
     gradient_checkpointing: bool | None = field(
         default=None, metadata={"help": "Recompute activations in the backward pass, to save memory."}
     )
+
+    @property
+    def objective(self) -> Objective:
+        return Objective("SFT", "Supervised fine-tuning", "-log p(token), mean over tokens", {})

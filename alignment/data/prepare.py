@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 TOKEN_FEATURES = Features(
     {f"{side}_input_ids": List(Value("int32")) for side in tokenization.SIDES}
     | {f"{side}_{column}": Value("int32") for side in tokenization.SIDES for column in ("prompt_length", "length")}
+    | {f"{side}_truncated": Value("bool") for side in tokenization.SIDES}
     | {"length": Value("int32"), "index": Value("int32"), "truncated": Value("bool"), "eos_added": Value("bool")}
 )
 
@@ -156,10 +157,14 @@ def response_lengths(tokens: Dataset) -> np.ndarray:
     return np.stack([columns[f"{side}_length"] - (columns[f"{side}_prompt_length"] == 0) for side in tokenization.SIDES])
 
 
-def longest_pair(tokens: Dataset) -> int:
-    """Tokens of the longest pair when both sides share their prompt."""
+def pair_tokens(tokens: Dataset) -> np.ndarray:
+    """(rows,): tokens of each pair when both sides share their prompt."""
     columns = tokens.select_columns(["chosen_prompt_length", "chosen_length", "rejected_length"]).with_format("numpy")[:]
-    return int(sum(columns.values()).max())
+    return sum(columns.values())
+
+
+def longest_pair(tokens: Dataset) -> int:
+    return int(pair_tokens(tokens).max())
 
 
 def describe_tokens(tokens: Dataset, dropped: int, rules: LengthRules) -> str:

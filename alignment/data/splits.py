@@ -1,6 +1,7 @@
 """From what a recipe says about data to the token ids of its splits, prepared once and found again."""
 
 import hashlib
+import json
 import logging
 import os
 import time
@@ -18,8 +19,14 @@ from ..model.loading import load_tokenizer
 from ..recipe.configs import Run
 from . import chat, prepare
 from .mixing import get_datasets
+from .sources import TEST
+from .tokenization import SIDES
 
 logger = logging.getLogger(__name__)
+
+# What is known of a pair beside its tokens, for the records of evaluations.
+TRUNCATED = tuple(f"{side}_truncated" for side in SIDES)
+PAIR_IDENTITY = (*(f"{column}_sha256" for column in chat.TEXT_COLUMNS), *TRUNCATED)
 
 
 @dataclass(frozen=True)
@@ -104,6 +111,8 @@ def tokenize_pair_rows(name: str, rows: Dataset, tokenizer: PreTrainedTokenizerB
     if name == "train":
         log_samples(texts)
     tokens = prepare.to_tokens(texts, tokenizer, args.length_rules, num_proc=run_.workers)
+    if name == TEST:
+        tokens = with_hashes(tokens, rows)
     notes = [prepare.describe_tokens(tokens, dropped=len(texts) - len(tokens), rules=args.length_rules)]
     if args.preprocessing == "published":
         notes.append(prepare.describe_published(texts, tokens, tokenizer))
@@ -124,6 +133,21 @@ def tokenize_conversation_rows(
     return tokens, [f"tokens (median / 95 % / max): {prepare.spread(prepare.sequence_lengths(tokens))}"]
 
 
+def with_hashes(tokens: Dataset, rows: Dataset) -> Dataset:
+    """With the SHA-256 of each pair's prompt and responses, by which another run, of whatever model, finds the pair again."""
+    as_given = rows.select(tokens["index"])
+    for column in chat.TEXT_COLUMNS:
+        hashes = [turns_hash(turns) for turns in as_given[column]]
+        tokens = tokens.add_column(f"{column}_sha256", hashes)
+    return tokens
+
+
+def turns_hash(turns: chat.Turns) -> str:
+    """Of roles and contents as the data set has them, before any template or truncation."""
+    plain = json.dumps([[turn["role"], turn["content"]] for turn in turns], ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(plain.encode()).hexdigest()
+
+
 def log_samples(texts: Dataset) -> None:
     """The first training pair as the model will read it, the surest way to see a template mistake."""
     logger.info("First training pair:\n%s", "\n".join(f"[{key}] {texts[0][key]!r}" for key in chat.TEXT_COLUMNS))
@@ -135,6 +159,7 @@ CONVERSATIONS = DataKind(columns=("messages",), tokenize=tokenize_conversation_r
 
 def fingerprint(rows: Dataset) -> str:
     """SHA-256 of all rows in their order, wherever they were read from and however they are stored."""
+    rows = rows.remove_columns([column for column in PAIR_IDENTITY if column in rows.column_names])  # no run trains on them
     digest = hashlib.sha256(repr(rows.features).encode())
     for table in rows.with_format("arrow").iter(1000):
         table = table.take(pa.array(range(len(table))))  # a slice's last byte of bits would hold those of the next rows too

@@ -109,6 +109,8 @@ def tokenize_pair(
         row[f"{side}_prompt_length"] = len(part.prompt)
         row[f"{side}_length"] = len(part.response)
     row["length"] = max(len(row[f"{side}_input_ids"]) for side in SIDES)  # for train_sampling_strategy: group_by_length
+    for side, before, after in zip(SIDES, whole, cut, strict=True):
+        row[f"{side}_truncated"] = after != before
     row["truncated"] = cut != whole
     row["eos_added"] = any(len(a.response) < len(b.response) for a, b in zip(parts, whole, strict=True))
     return row

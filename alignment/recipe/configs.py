@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 from ..errors import ConfigError, Problem, UserError
 from ..launch.launch import STRATEGIES, start_process_group
+from ..report.objective import Objective
 
 PREPROCESSING_MODES = ("published", "exact")
 DTYPES = ("auto", "float32", "float16", "bfloat16")
@@ -306,6 +307,20 @@ class RunArguments:
         if self.logging_nan_inf_filter:
             problems.append(Problem("logging_nan_inf_filter", True, "must be false"))
         return problems
+
+    @property
+    def objective(self) -> Objective:
+        """What the run optimizes."""
+        raise NotImplementedError
+
+    @property
+    def followed_defaults(self) -> dict[str, Any]:
+        """Fields whose default depends on others, as they stand, for the record."""
+        return {}
+
+    def remarks(self) -> list[Problem]:
+        """What is allowed, and worth a line."""
+        return []
 
     def batch_problems(self) -> list[Problem]:
         total = self.total_train_batch_size

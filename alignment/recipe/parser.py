@@ -232,7 +232,7 @@ class H4ArgumentParser(HfArgumentParser):
     """Fills dataclasses from `[RECIPE.yaml] [--key=value ...]`; the command line beats the recipe.
 
     After parse(), `recipe` maps every given key, under its present name, to its value of the declared type, and
-    `notices` has a line for every old spelling that was understood.
+    `notices` has a line for every old spelling that was understood and for every value that a config remarks on.
     """
 
     recipe: dict[str, Any]
@@ -270,7 +270,7 @@ class H4ArgumentParser(HfArgumentParser):
     def accept(self, source: Iterable[Given]) -> dict[str, Setting]:
         """The usable settings of one place, by present key; complaints about the others."""
         settings: dict[str, Setting] = {}
-        for given in source:
+        for given in self.rewritten(list(source)):
             try:
                 self.add(given, settings)
             except Mismatch as mismatch:
@@ -278,6 +278,25 @@ class H4ArgumentParser(HfArgumentParser):
                 self.doubtful.add(self.present_key(given.key))
         self.notices += [setting.notice for setting in settings.values() if setting.notice]
         return settings
+
+    def rewritten(self, source: list[Given]) -> list[Given]:
+        """What is given in one place, in this suite's keys where a config knows another library's (`rewrite`)."""
+        for kind in self.dataclass_types:
+            if not source or not hasattr(kind, "rewrite"):
+                continue
+            place = "command line" if source[0].is_option else source[0].place
+            before = {given.key: given for given in source}
+            try:
+                values, notices = kind.rewrite({key: given.value for key, given in before.items()})
+            except Mismatch as mismatch:
+                self.complaints.append(f"{place}: expected {mismatch}")
+                continue
+            self.notices += [f"{place}: {notice}" for notice in notices]
+            source = [
+                before[key] if key in before and before[key].value is value else Given(place, key, value)
+                for key, value in values.items()
+            ]
+        return source
 
     def add(self, given: Given, settings: dict[str, Setting]) -> None:
         key, value, notice = given.key, given.value, None
@@ -296,6 +315,9 @@ class H4ArgumentParser(HfArgumentParser):
         return self.old_spellings.get(key, key)
 
     def unknown_key(self, given: Given) -> str:
+        for kind in self.dataclass_types:
+            if reason := getattr(kind, "refused_keys", {}).get(given.key):
+                return f"{given.place}: {given.key!r} is not read: {reason}"
         meant = closest(given.key, [*self.targets, *self.old_spellings])
         if meant is not None:
             self.doubtful.add(self.present_key(meant))
@@ -308,7 +330,10 @@ class H4ArgumentParser(HfArgumentParser):
         # Copies, because TrainingArguments rewrites some of the mappings that it is given.
         values = {key: deepcopy(setting.value) for key, setting in settings.items() if key in own}
         try:
-            return kind(**values)
+            built = kind(**values)
+            remarks = built.remarks() if hasattr(built, "remarks") else []
+            self.notices += [blame(remark, settings) for remark in remarks]
+            return built
         except ConfigError as error:
             complaints = [(words_of(problem.key, problem.advice), blame(problem, settings)) for problem in error.problems]
         except (ValueError, TypeError, OSError, ImportError) as error:

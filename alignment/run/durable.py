@@ -46,6 +46,7 @@ class DurableTrainer(Trainer):
     is_stopping = False
     is_built = False
     push: Future | None = None  # of a checkpoint, in the background
+    resumed: Path | None = None  # the checkpoint that `train` goes on from
     saved_at = 0.0  # monotonic clock
     saved_step = -1
 
@@ -65,6 +66,7 @@ class DurableTrainer(Trainer):
         if resume_from_checkpoint is True:
             newest = newest_whole(Path(self.args.output_dir))
             resume_from_checkpoint = None if newest is None else str(newest.path)
+        self.resumed = Path(resume_from_checkpoint) if resume_from_checkpoint else None
         self.saved_at = time.monotonic()
         self.evaluation_due &= self.eval_dataset is not None  # the evaluation may have been switched off since
         if self.evaluation_due:

@@ -20,7 +20,7 @@ from accelerate.utils import DeepSpeedPlugin
 from safetensors.torch import load_file
 
 import alignment.model.adapters
-import scripts.simpo_trainer
+import alignment.preference.trainer
 from alignment.data.splits import PAIRS
 from alignment.errors import TrainingStopped
 from alignment.launch.strategy import ShardingCheck, local_size, strategy_of
@@ -114,7 +114,7 @@ def carry_out(job: dict[str, Any]) -> dict[str, Any]:
     sabotage = SABOTAGES[job.get("sabotage")]
     with (
         mock.patch.dict(os.environ, job.get("environment", {})),
-        observed(facts, scripts.simpo_trainer, "load_policy", loaded),
+        observed(facts, alignment.preference.trainer, "load_policy", loaded),
         observed(facts, alignment.model.adapters, "load_policy", loaded),
         observed(facts, SimPOTrainer, "concatenated_forward", lambda scores, *_: scored(scores)),
         observed(facts, ShardingCheck, "on_train_begin", prepared),

@@ -14,13 +14,29 @@ ROOT = Path(__file__).parents[2]
 # A wing, or a file beside the wings, imports only what stands before it here; so does a file among those of its wing.
 ORDER = {
     "errors": [],
-    "report": ["card", "curves"],
+    "report": ["objective", "card", "curves"],
     "launch": ["launch", "strategy", "turns"],
     "recipe": ["values", "parser", "configs"],
     "model": ["loading", "adapters", "adapter_checks", "layers", "head", "shared_prompt"],
     "data": ["sources", "rows", "mixing", "chat", "tokenization", "prepare", "splits"],
     "run": ["run_folder", "signals", "checkpoints", "resuming", "hub", "guards", "durable", "failures", "records"],
-    "preference": ["losses", "collate", "metrics", "throughput", "steps"],
+    "preference": [
+        "losses",
+        "scores",
+        "configs",
+        "collate",
+        "metrics",
+        "throughput",
+        "division",
+        "memory",
+        "stand_ins",
+        "fake_step",
+        "fitting",
+        "steps",
+        "reference",
+        "records",
+        "trainer",
+    ],
     "pipeline": [],
 }
 CODE_FOLDERS = ("alignment", "scripts", "on_policy_data_gen", "eval", "benchmarks")

@@ -14,7 +14,9 @@ def memory(room: float, recomputed: float = 0.25, kept: float = 4.0):
     return lambda layers: lambda count: int(room / (kept + (recomputed - kept) * count / layers))
 
 
-def chosen(room: float, wish: Wish = FREE, model=LLAMA_8B, *, longest: int = 1500, step_tokens: int = 100_000) -> Division | None:
+def chosen(
+    room: float, wish: Wish = FREE, model=LLAMA_8B, *, longest: int = 1500, step_tokens: int = 100_000
+) -> Division | None:
     return fastest(memory(room)(model["layers"]), wish, **model, longest=longest, step_tokens=step_tokens)
 
 

@@ -379,7 +379,7 @@ def test_a_peft_model_that_is_given_trains_as_one_that_is_made_here(build):
 
 def test_dropout_is_off_lora_dropout_included_and_a_line_says_so(build, caplog):
     lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], lora_dropout=0.3)
-    with caplog.at_level(logging.INFO, "scripts"):
+    with caplog.at_level(logging.INFO, "alignment"):
         trainer = build(tiny_model(attention_dropout=0.5), peft_config=lora)
     assert "self_attn.attention_dropout = 0.5" in caplog.text
     assert "q_proj.lora_dropout.default = 0.3" in caplog.text
@@ -614,7 +614,7 @@ def test_the_card_tells_of_the_run(build, tmp_path):
         "# my-policy",
         "trained on `me/pairs`",
         "| beta | 2.5 |",
-        "| gamma / beta | 0.4 |",
+        "| gamma_beta_ratio | 0.4 |",
         "| pairs per step | 8 |",
         "| steps | 1 |",
         "| max_length / max_prompt_length | 200 / 100 |",
@@ -673,7 +673,7 @@ def test_compute_loss_without_a_step_averages_its_own_batch(build):
     assert len(scores.chosen_mean_logp) == 3
 
 
-@pytest.mark.parametrize(("count", "layers"), [(None, 2), (0, 0), (1, 1), (2, 2), (9, 2)])
+@pytest.mark.parametrize(("count", "layers"), [("auto", 2), ("all", 2), (0, 0), (1, 1), (2, 2), (9, 2)])
 def test_layers_that_are_not_recomputed_change_no_number(build, count, layers):
     settings = {"gradient_checkpointing": True, "recompute_layers": count, "learning_rate": LEARNING_RATE}
     trainer = build(double(), **settings)

@@ -33,6 +33,8 @@ from alignment.recipe.parser import (
     full_recipe,
     is_secret,
 )
+from scripts.dpo_config import DPOConfig
+from scripts.orpo_config import ORPOConfig
 from scripts.sft_config import SFTConfig
 from scripts.simpo_config import SimPOConfig
 
@@ -42,7 +44,9 @@ Write = Callable[[str], str]
 
 SIMPO = H4ArgumentParser((ModelArguments, DataArguments, SimPOConfig))
 SFT = H4ArgumentParser((ModelArguments, DataArguments, SFTConfig))
-DPO = H4ArgumentParser((ModelArguments, DataArguments, trl.DPOConfig))
+TRL = H4ArgumentParser((ModelArguments, DataArguments, trl.DPOConfig))
+DPO = H4ArgumentParser((ModelArguments, DataArguments, DPOConfig))
+METHODS = {"dpo": DPO, "ipo": DPO, "orpo": H4ArgumentParser((ModelArguments, DataArguments, ORPOConfig))}
 
 
 @pytest.fixture(scope="module")
@@ -256,7 +260,7 @@ def test_without_an_argument_the_process_s_own_command_line_is_read(monkeypatch)
     assert SIMPO.parse()[2].beta == 7.0
 
 
-@pytest.mark.parametrize("parser", [SIMPO, SFT, DPO])
+@pytest.mark.parametrize("parser", [SIMPO, SFT, DPO, TRL])
 def test_help_lists_every_field_and_its_text(parser, capsys):
     with pytest.raises(SystemExit) as stop:
         parser.parse(["recipe.yaml", "--help"])
@@ -278,18 +282,19 @@ def test_a_field_that_two_dataclasses_share_is_set_in_both():
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
 def test_a_golden_recipe_keeps_its_meaning(path):
     written = yaml.safe_load(path.read_text(encoding="utf-8"))
-    model_args, data_args, config = SIMPO.parse([str(path)])
+    parser = METHODS.get(path.stem.split("-")[0], SIMPO)
+    model_args, data_args, config = parser.parse([str(path)])
     objects = {**vars(model_args), **vars(data_args), **vars(config)}
     renamed = {"evaluation_strategy": "eval_strategy", "warmup_ratio": "warmup_steps"}
     for key, value in written.items():
         expected = [] if key == "report_to" else value
         assert objects[renamed.get(key, key)] == expected, key
-    assert len(SIMPO.notices) == 4
-    assert set(SIMPO.recipe) == {RENAMED.get(key, key) for key in written}
+    assert len(parser.notices) == 4
+    assert set(parser.recipe) == {RENAMED.get(key, key) for key in written}
 
 
 def test_all_golden_recipes_are_there():
-    assert len(GOLDEN) == 6
+    assert len(GOLDEN) == 14
 
 
 @pytest.mark.parametrize(
@@ -423,7 +428,7 @@ def test_a_section_is_refused_because_a_recipe_is_flat(write):
         ("--lora_r=1.5", "a whole number"),
         ("--lora_r=inf", "a whole number"),
         ("--lora_r=true", "a whole number"),
-        ("--loss_type=ipo", "one of sigmoid, hinge"),
+        ("--loss_type=ipo", "one of sigmoid, hinge, alphapo, simper"),
         ("--eval_strategy=stpes", "one of no, steps, epoch"),
         ("--log_level=loud", "one of detail, debug, info, warning, error, critical, passive"),
         ("--dataset_splits=train,,test", "a list without empty entries"),
@@ -513,7 +518,7 @@ def test_bf16_without_a_gpu_that_has_it_is_refused_with_what_works_instead(write
     with pytest.raises(RecipeError, match=r"^--bf16_full_eval: no GPU"):
         SIMPO.parse(["--bf16_full_eval", "--no_bf16"])
     with pytest.raises(RecipeError, match=r"^default: bf16 = True: no GPU"):
-        DPO.parse([])
+        TRL.parse([])
 
 
 @pytest.mark.parametrize(
@@ -591,7 +596,7 @@ def test_text_is_recorded_letter_by_letter(text, write):
     assert SIMPO.parse([write(dump_recipe(SIMPO.recipe))])[1].text_column == text
 
 
-@pytest.mark.parametrize("parser", [SIMPO, SFT, DPO])
+@pytest.mark.parametrize("parser", [SIMPO, SFT, DPO, TRL])
 @pytest.mark.parametrize(
     "argv", [["--use_cpu", "--bf16"], ["--use_cpu", "--gradient_checkpointing", "--lora_r=8", "--report_to=wandb"]]
 )
@@ -638,7 +643,7 @@ def without_checks(parser: H4ArgumentParser) -> H4ArgumentParser:
     return H4ArgumentParser((dataclasses.make_dataclass("Plain", fields),))
 
 
-PLAIN = {"simpo": without_checks(SIMPO), "sft": without_checks(SFT), "dpo": without_checks(DPO)}
+PLAIN = {"simpo": without_checks(SIMPO), "sft": without_checks(SFT), "dpo": without_checks(DPO), "trl": without_checks(TRL)}
 every_config = pytest.mark.parametrize("config", list(PLAIN))
 quick = settings(max_examples=30, deadline=None, derandomize=True)
 
