@@ -15,6 +15,7 @@ import sys
 import types
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -371,6 +372,25 @@ def probe(plan: Plan) -> MemoryModel:
     return MemoryModel(plan, plan.config.get_text_config().num_hidden_layers, layer, rest, samples, longer)
 
 
+def probes(plans: list[Plan]) -> list[MemoryModel]:
+    """`probe` of several plans; those that differ in arithmetic alone are tried once."""
+    tried: dict[bytes, MemoryModel] = {}
+    models = []
+    for plan in plans:
+        key = pickle.dumps(as_tried(plan))
+        if key not in tried:
+            tried[key] = probe(as_tried(plan))
+        models.append(replace(tried[key], plan=plan))
+    return models
+
+
+def as_tried(plan: Plan) -> Plan:
+    """The plan without what its step on fake tensors does not depend on."""
+    alike = {"ddp": "single", "zero3": "zero2", "fsdp1": "fsdp2"}
+    processes = plan.processes if plan.strategy.startswith("fsdp") else 1
+    return replace(plan, strategy=alike.get(plan.strategy, plan.strategy), processes=processes, optimizer=None)
+
+
 def sample(model: nn.Module, plan: Plan, ledger: Ledger, answers: Answers, pair: Pair, count: int, *, held: float) -> Sample:
     """One micro-batch of so many pairs. held: bytes of parameters and gradients that are there before it."""
     batch = batch_of(plan, pair, count)
@@ -423,7 +443,7 @@ def answer() -> None:
     """Pickled plans on standard input, their pickled models on standard output, whatever the libraries print."""
     output = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
-    output.write(pickle.dumps([probe(plan) for plan in pickle.load(sys.stdin.buffer)]))
+    output.write(pickle.dumps(probes(pickle.load(sys.stdin.buffer))))
     output.flush()
     os._exit(0)  # a process group that sends nothing can hang at its end
 

@@ -8,11 +8,17 @@ import pytest
 import torch
 from transformers import Gemma2Config, LlamaConfig
 
-from alignment.preference.memory import GIB, Lora, MemoryModel, Pair, Plan, estimate, estimates
+from alignment.preference.memory import GIB, Lora, MemoryModel, Pair, Plan, estimate, estimates, own_environment
 from benchmarks.memory import MODELS, PAIRS, compare, small_plan
 
 TOLERANCE = 0.15
-CASES = list(itertools.product(MODELS, ("single", "fsdp2"), ("whole", "LoRA")))
+# Each strategy and each kind of training with every model once; all twelve agree as well (benchmarks/memory.py).
+CASES = [
+    (name, strategy, trained)
+    for (name, strategy), trained in zip(
+        itertools.product(MODELS, ("single", "fsdp2")), itertools.cycle(("whole", "LoRA", "LoRA", "whole"))
+    )
+]
 
 # ---- Small models, measured here ----
 
@@ -33,6 +39,14 @@ def test_an_estimate_leaves_no_trace(small_models):
     assert not torch.distributed.is_initialized()
     assert "resize_" not in vars(torch.UntypedStorage)
     assert torch.nn.Module._apply.__module__ == "torch.nn.modules.module"
+
+
+def test_an_estimate_knows_nothing_of_the_launch(monkeypatch):
+    launch = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "ACCELERATE_USE_FSDP", "FSDP_VERSION", "TORCHELASTIC_RUN_ID")
+    for name in launch:
+        monkeypatch.setenv(name, "1")
+    assert not set(launch) & set(own_environment())
+    assert own_environment()["CUDA_VISIBLE_DEVICES"] == ""
 
 
 # ---- Large models, measured on one H200 with torch 2.11 ----
