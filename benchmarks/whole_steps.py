@@ -42,8 +42,8 @@ def main() -> None:
             f"--output_dir={folder}", f"--use_cpu={not on_gpu}", f"--bf16={on_gpu}", "--beta=2.5", "--gamma_beta_ratio=0.55",
             f"--max_length={args.max_length}", f"--max_prompt_length={args.max_prompt_length}", "--learning_rate=1e-6",
             "--optim=adamw_torch", "--per_device_train_batch_size=2", "--gradient_accumulation_steps=16",
-            "--activation_checkpointing=true", "--num_train_epochs=2", "--logging_steps=1", "--report_to=none", "--save_strategy=no",
-            "--disable_tqdm=true",
+            "--activation_checkpointing=true", "--num_train_epochs=2", "--logging_steps=1", "--report_to=none",
+            "--save_strategy=no", "--disable_tqdm=true",
         ]  # fmt: skip
         config, *_ = H4ArgumentParser((SimPOConfig,)).parse([*given, *settings])
         model = train_step.build_model(args)

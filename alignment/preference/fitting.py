@@ -123,16 +123,15 @@ class FittedSteps(GuardedSteps):
         """
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
             return True
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+        start_measuring()
         try:
             self.try_out(division)
             states = memory.peak(division.max_tokens, recompute_layers=division.recompute_layers).optimizer
-            is_over = torch.cuda.max_memory_allocated() + states > room
+            is_over = most_bytes() + states > room
         except torch.OutOfMemoryError:
             is_over = True
         self.model.zero_grad()
-        torch.cuda.empty_cache()
+        start_measuring()
         return not self.largest_of_all(is_over)
 
     def try_out(self, division: Division) -> None:
@@ -143,7 +142,8 @@ class FittedSteps(GuardedSteps):
         rows = [self.train_dataset[number] for number in filling(self.tokens_of_pairs(), division.max_tokens)]
         batch = on_device(self.data_collator(rows), self.args.device)
         is_fsdp = self.accelerator.distributed_type == DistributedType.FSDP
-        with torch.random.fork_rng(devices=[self.args.device]), nullcontext() if is_fsdp else self.accelerator.no_sync(model):
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices), nullcontext() if is_fsdp else self.accelerator.no_sync(model):
             with self.compute_loss_context_manager():
                 scores = self.concatenated_forward(model, batch)
                 loss = scores.chosen_logp.sum() - scores.rejected_logp.sum()
@@ -193,7 +193,7 @@ class FitFirst(TrainerCallback):
 def asked_for(args: PairConfig) -> tuple[bool, Wish]:
     """Whether steps are divided by tokens, and what the recipe says of how; on a CPU nothing is left open."""
     tokens, layers = args.max_tokens_per_micro_batch, args.recompute_layers
-    if args.device.type != "cuda":
+    if not is_gpu(args.device):
         tokens, layers = None if tokens == "auto" else tokens, "all" if layers == "auto" else layers
     count = {"auto": None, "all": 10**6}.get(layers, layers)
     if not args.gradient_checkpointing:
@@ -201,16 +201,36 @@ def asked_for(args: PairConfig) -> tuple[bool, Wish]:
     return tokens is not None, Wish(None if tokens == "auto" else tokens, count)
 
 
-def filling(tokens: np.ndarray, budget: int) -> list[int]:
-    """Numbers of the longest pairs that together have at most so many tokens, one at least."""
-    order = np.argsort(-tokens, kind="stable")
-    return order[: max(int((tokens[order].cumsum() <= budget).sum()), 1)].tolist()
+# ---- The GPU ----
+
+
+def is_gpu(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+def start_measuring() -> None:
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+
+
+def most_bytes() -> int:
+    """Allocated at once, since `start_measuring`."""
+    return torch.cuda.max_memory_allocated()
 
 
 def room_bytes(device: torch.device) -> float:
     """What this process may allocate on its GPU, with what it has: all but what others, and CUDA itself, took."""
     free, total = torch.cuda.mem_get_info(device)
     return SPARE * (free + torch.cuda.memory_reserved(device)) if total else 0.0
+
+
+# ---- The run ----
+
+
+def filling(tokens: np.ndarray, budget: int) -> list[int]:
+    """Numbers of the longest pairs that together have at most so many tokens, one at least."""
+    order = np.argsort(-tokens, kind="stable")
+    return order[: max(int((tokens[order].cumsum() <= budget).sum()), 1)].tolist()
 
 
 def memory_plan(trainer: FittedSteps) -> Plan:
