@@ -15,6 +15,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 import pytest
+import trl
 import yaml
 from accelerate.parallelism_config import ParallelismConfig
 from hypothesis import given, settings
