@@ -157,13 +157,13 @@ PAIR = (-40.0, -60.0), (-45.0, -58.0)  # log-ratios 5 and -2; their difference i
     [
         # 0.1 * 7 = 0.7: log(1 + exp(-0.7))
         ({}, 0.403186),
-        # 0.9 * 0.403186 + 0.1 * 1.103186, which is log(1 + exp(0.7))
+        # Nine tenths of 0.403186 and one of log(1 + exp(0.7)) = 1.103186.
         ({"label_smoothing": 0.1}, 0.473186),
         # 1 - 0.7
         ({"loss_type": "hinge"}, 0.3),
         # (7 - 1 / 0.2)^2 = 2^2
         ({"loss_type": "ipo"}, 4.0),
-        # 0.9 * 0.403186 - 0.1 * 1.103186 = 0.252549, over 0.8
+        # Nine tenths of the one minus one of the other, 0.252549, over 0.8.
         ({"loss_type": "robust", "label_smoothing": 0.1}, 0.315686),
     ],
 )
