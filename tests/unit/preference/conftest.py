@@ -35,7 +35,7 @@ def build_of(tmp_path: Path, tokenizer) -> Callable[..., PairTrainer]:
         **settings: Any,
     ) -> PairTrainer:
         trainer, config = TRAINERS[method]
-        arguments = {key: settings.pop(key) for key in ("peft_config", "processing_class") if key in settings}
+        arguments = {key: settings.pop(key) for key in ("peft_config", "processing_class", "ref_model") if key in settings}
         args = config(
             **{
                 "output_dir": str(tmp_path / "run"),
