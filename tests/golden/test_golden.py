@@ -5,22 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from alignment.data.splits import PAIRS
 from alignment.data.tokenization import SIDES
-from alignment.pipeline import Method, run
+from alignment.pipeline import run
 from alignment.preference.trainer import PairTrainer
-from scripts.dpo_config import DPOConfig
-from scripts.dpo_trainer import DPOTrainer
-from scripts.orpo_config import ORPOConfig
-from scripts.orpo_trainer import ORPOTrainer
-from scripts.simpo_config import SimPOConfig
-from scripts.simpo_trainer import SimPOTrainer
+from tests.methods import METHODS
 
 DATA = Path(__file__).parent / "data"
 RUNS = sorted(path.stem for path in (DATA / "recipes").glob("*.yaml"))
-SIMPO = Method(config=SimPOConfig, trainer=SimPOTrainer, data=PAIRS)
-DPO = Method(config=DPOConfig, trainer=DPOTrainer, data=PAIRS)
-METHODS = {"dpo": DPO, "ipo": DPO, "orpo": Method(config=ORPOConfig, trainer=ORPOTrainer, data=PAIRS)}
+BASELINES = {"dpo": METHODS["dpo"], "ipo": METHODS["dpo"], "orpo": METHODS["orpo"]}
 FLOAT32 = [name for name in RUNS if not name.startswith("bf16")]
 
 # `loss` is rounded to 4 decimals in the published traces; `logits` average over padding there, which is not reproduced.
@@ -37,7 +29,7 @@ def run_recipe(monkeypatch, tmp_path):
     monkeypatch.chdir(DATA)  # the recipes' paths are relative to it
 
     def run_recipe(name: str, *options: str) -> PairTrainer:
-        method = METHODS.get(name.split("-")[0], SIMPO)
+        method = BASELINES.get(name.split("-")[0], METHODS["simpo"])
         return run(method, [f"recipes/{name}.yaml", f"--output_dir={tmp_path / name}", *options])
 
     return run_recipe
@@ -70,7 +62,7 @@ def traced(trainer: PairTrainer, name: str) -> list[tuple[dict, dict]]:
 @pytest.mark.parametrize("name", FLOAT32)
 def test_a_published_recipe_gives_the_published_trace(name, options, run_recipe):
     # Log-ratios start at 0, and log-odds lie around it: what is below 1 is compared by its distance.
-    near_zero = 2e-4 if name.split("-")[0] in METHODS else 1e-7
+    near_zero = 2e-4 if name.split("-")[0] in BASELINES else 1e-7
     for record, wanted in traced(run_recipe(name, *options), name):
         checked = 0
         for key, value in wanted.items():
