@@ -62,7 +62,10 @@ METHOD_RUNS = {
     "dpo": ("dpo", ["--beta=0.3", "--pair_layout=packed"]),
     "dpo lora": ("dpo", ["--beta=0.3", *LORA]),
     "dpo by tokens": ("dpo", ["--beta=0.3", "--max_tokens_per_micro_batch=300"]),
-    "dpo from an adapter": ("dpo", ["--beta=0.3", *LORA, "--sft_adapter=continue", "--model_name_or_path={folder}/sft"]),
+    "dpo from an adapter": (
+        "dpo",
+        ["--beta=0.3", "--use_peft=true", "--sft_adapter=continue", "--model_name_or_path={folder}/sft"],
+    ),
     "orpo": ("orpo", ["--beta=0.3", "--pair_layout=packed"]),
 }
 GOLDEN = [path.stem for path in sorted((DATA / "recipes").glob("*.yaml")) if method_of(path.stem) != "simpo"]
