@@ -340,7 +340,8 @@ def finish(trainer: Trainer, run_: Run) -> None:
     if trainer.is_world_process_zero():
         from .report.curves import plot_curves, read_metrics  # matplotlib takes a second to import
 
-        plot_curves(read_metrics(run_.output_dir / "metrics.jsonl"), run_.output_dir / "curves.png", run_.output_dir.name)
+        records, picture = read_metrics(run_.output_dir / "metrics.jsonl"), run_.output_dir / "curves.png"
+        plot_curves(records, picture, run_.output_dir.name, run_.training_args.objective)
     if trainer.args.push_to_hub:
         trainer.hub_model_id = repository_name(trainer.args)  # for TRL's card
     trainer.create_model_card()

@@ -28,7 +28,7 @@ NAMES = {
     "ipo": ("IPO", "Identity Preference Optimization", papers.IPO),
     "robust": ("Robust-DPO", "Direct Preference Optimization for noisy labels", papers.ROBUST_DPO),
 }
-ELSEWHERE = "is of TRL's DPOTrainer, and nothing here reads it"
+ELSEWHERE = "it is of TRL's DPOTrainer"
 REFERENCE = "the reference is the policy itself at step 0, scored once; another model, or one that moves, is not supported"
 
 

@@ -1,10 +1,13 @@
 """DPOTrainer: DPO and its kin on SimPO's own path, so that two runs differ in one function."""
 
+from typing import Any
+
+from alignment.errors import UserError
 from alignment.preference.losses import dpo_loss
 from alignment.preference.scores import PairLosses, PairScores
 from alignment.preference.trainer import PairTrainer
 
-from .dpo_config import DPOConfig
+from .dpo_config import REFERENCE, DPOConfig
 
 
 class DPOTrainer(PairTrainer):
@@ -14,6 +17,11 @@ class DPOTrainer(PairTrainer):
     """
 
     args: DPOConfig
+
+    def __init__(self, *args: Any, ref_model: Any = None, **kwargs: Any):
+        if ref_model is not None:
+            raise UserError(f"ref_model: {REFERENCE}")
+        super().__init__(*args, **kwargs)
 
     def pair_losses(self, scores: PairScores) -> PairLosses:
         args = self.args

@@ -23,14 +23,14 @@ def pair_columns(step: int, rows: Dataset, index: Tensor, scores: PairScores, ou
         table = rows.select_columns(known)[[places[number] for number in index.tolist()]]
         columns |= {name: np.array(table[name]) for name in known}
     measured = {
-        "tokens": (scores.chosen_tokens, scores.rejected_tokens),
-        "logp": scores.logps(per_token=False),
-        "mean_logp": scores.logps(per_token=True),
-        "reward": (outcome.chosen_rewards, outcome.rejected_rewards),
+        "{}_tokens": (scores.chosen_tokens, scores.rejected_tokens),
+        "{}_logp": scores.logps(per_token=False),
+        "{}_mean_logp": scores.logps(per_token=True),
+        "{}_reward": (outcome.chosen_rewards, outcome.rejected_rewards),
     }
     if scores.reference_chosen_logp is not None:
-        measured["reference_logp"] = scores.reference_logps(per_token=False)
-    sides = [(f"{side}_{name}", values) for name, pair in measured.items() for side, values in zip(SIDES, pair, strict=True)]
+        measured["reference_{}_logp"] = scores.reference_logps(per_token=False)
+    sides = [(name.format(side), values) for name, pair in measured.items() for side, values in zip(SIDES, pair, strict=True)]
     return columns | {name: values.numpy() for name, values in sides}
 
 

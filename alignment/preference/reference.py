@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import yaml
 from datasets import Dataset
@@ -101,6 +102,8 @@ class ScoredFirst(DurableTrainer):
                 self.step_zero = load_step_zero(folder)
                 logger.info("%s: scored before, by an attempt that did not reach its first checkpoint.", folder)
             else:
+                for name, rows in wanted.items() if self.has_reference else ():
+                    refuse_shared_index(rows, name)
                 self.step_zero = {
                     name: StepZero(data[name], self.score(rows, f"{name}, before the first step"))
                     for name, rows in wanted.items()
@@ -223,6 +226,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         model.train(was_training)
+
+
+def refuse_shared_index(rows: Dataset, name: str) -> None:
+    """Raises UserError for pairs that their index does not tell apart."""
+    index, count = np.unique(np.array(rows["index"]), return_counts=True)
+    if (count > 1).any():
+        raise UserError(f"several pairs of {name} have the index {index[count > 1][0]}: a reference is found by the index")
 
 
 def scoring_batches(rows: Dataset, size: int, budget: int | None) -> list[list[int]]:

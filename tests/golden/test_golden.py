@@ -1,35 +1,15 @@
 """The published code's and trl 0.9's own numbers, from recipes unchanged: tokens exactly, traces by data/README.md's rules."""
 
-import json
-from pathlib import Path
-
 import pytest
 
-from alignment.data.splits import PAIRS
 from alignment.data.tokenization import SIDES
-from alignment.pipeline import Method, run
+from alignment.pipeline import run
 from alignment.preference.trainer import PairTrainer
-from scripts.dpo_config import DPOConfig
-from scripts.dpo_trainer import DPOTrainer
-from scripts.orpo_config import ORPOConfig
-from scripts.orpo_trainer import ORPOTrainer
-from scripts.simpo_config import SimPOConfig
-from scripts.simpo_trainer import SimPOTrainer
+from tests.golden.traces import DATA, TOLERANCES, assert_follows, method_of, published, traced
+from tests.methods import METHODS
 
-DATA = Path(__file__).parent / "data"
 RUNS = sorted(path.stem for path in (DATA / "recipes").glob("*.yaml"))
-SIMPO = Method(config=SimPOConfig, trainer=SimPOTrainer, data=PAIRS)
-DPO = Method(config=DPOConfig, trainer=DPOTrainer, data=PAIRS)
-METHODS = {"dpo": DPO, "ipo": DPO, "orpo": Method(config=ORPOConfig, trainer=ORPOTrainer, data=PAIRS)}
 FLOAT32 = [name for name in RUNS if not name.startswith("bf16")]
-
-# `loss` is rounded to 4 decimals in the published traces; `logits` average over padding there, which is not reproduced.
-TOLERANCES = {
-    **dict.fromkeys(["rewards", "logps", "eval_rewards", "eval_logps", "eval_loss", "sft_loss", "eval_sft_loss"], 2e-4),
-    **dict.fromkeys(["nll_loss", "eval_nll_loss"], 2e-4),
-    **dict.fromkeys(["log_odds_ratio", "log_odds_chosen", "eval_log_odds_ratio", "eval_log_odds_chosen"], 2e-4),
-    "grad_norm": 1e-3,
-}
 
 
 @pytest.fixture
@@ -37,14 +17,9 @@ def run_recipe(monkeypatch, tmp_path):
     monkeypatch.chdir(DATA)  # the recipes' paths are relative to it
 
     def run_recipe(name: str, *options: str) -> PairTrainer:
-        method = METHODS.get(name.split("-")[0], SIMPO)
-        return run(method, [f"recipes/{name}.yaml", f"--output_dir={tmp_path / name}", *options])
+        return run(METHODS[method_of(name)], [f"recipes/{name}.yaml", f"--output_dir={tmp_path / name}", *options])
 
     return run_recipe
-
-
-def published(folder: str, name: str) -> list[dict]:
-    return json.loads((DATA / folder / f"{name}.json").read_text(encoding="utf-8"))
 
 
 LAYOUTS = {
@@ -57,41 +32,10 @@ LAYOUTS = {
 every_layout = pytest.mark.parametrize("options", LAYOUTS.values(), ids=LAYOUTS)
 
 
-def traced(trainer: PairTrainer, name: str) -> list[tuple[dict, dict]]:
-    """Records of a run and those of the published trace, in pairs."""
-    expected = [record for record in published("traces", name) if "train_loss" not in record]
-    # The evaluation after training stands behind the last step's.
-    records = [record for record in trainer.state.log_history if "train_loss" not in record][: len(expected)]
-    assert [record["step"] for record in records] == [record["step"] for record in expected]
-    return list(zip(records, expected, strict=True))
-
-
 @every_layout
 @pytest.mark.parametrize("name", FLOAT32)
 def test_a_published_recipe_gives_the_published_trace(name, options, run_recipe):
-    assert_published_trace(run_recipe(name, *options), name)
-
-
-def assert_published_trace(trainer: PairTrainer, name: str) -> None:
-    # Log-ratios start at 0, and log-odds lie around it: what is below 1 is compared by its distance.
-    near_zero = 2e-4 if name.split("-")[0] in METHODS else 1e-7
-    for record, wanted in traced(trainer, name):
-        checked = 0
-        for key, value in wanted.items():
-            if is_tie(key, wanted):
-                continue  # rounding decides which side of 0 a pair is on
-            if (tolerance := TOLERANCES.get(key.split("/")[0])) is not None:
-                distance = near_zero if abs(value) < 1 else 1e-7
-                assert record[key] == pytest.approx(value, rel=tolerance, abs=distance), f"step {wanted['step']}, {key}"
-                checked += 1
-        assert checked >= 6
-        if "loss" in wanted:
-            assert record["loss"] == pytest.approx(wanted["loss"], rel=0, abs=5.1e-5)
-
-
-def is_tie(key: str, wanted: dict) -> bool:
-    """Whether a share of pairs is asked for while all log-ratios are 0, before the first step has changed anything."""
-    return key == "rewards/accuracies" and wanted["rewards/margins"] == 0
+    assert_follows(run_recipe(name, *options).state.log_history, name)
 
 
 @every_layout
@@ -103,7 +47,7 @@ def test_bf16_strays_no_farther_than_published_bf16_strays_from_float32(name, op
     """
     in_float32 = [record for record in published("traces", name.replace("bf16", "sigmoid")) if "train_loss" not in record]
     ours, strayed = {}, {}
-    for (record, wanted), exact in zip(traced(run_recipe(name, *options), name), in_float32, strict=True):
+    for (record, wanted), exact in zip(traced(run_recipe(name, *options).state.log_history, name), in_float32, strict=True):
         for key, value in wanted.items():
             if key.split("/")[0] in TOLERANCES:
                 quantity = key.removeprefix("eval_")
