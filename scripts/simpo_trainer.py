@@ -80,6 +80,7 @@ class SimPOTrainer(DividedSteps, DurableTrainer):
             raise UserError("processing_class = None: SimPOTrainer needs the tokenizer")
         self.base_model_name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", None)
         self.dataset_names: list[str] = []  # for the model card
+        self.template_settings: dict[str, Any] | None = None  # the recipe's chat_template_kwargs, for the card too
         self.eval_pairs: dict[str, dict[str, np.ndarray]] = {}  # of the last evaluation, by metric prefix
 
         if args.max_length is None or args.max_prompt_length is None:
@@ -303,6 +304,7 @@ class SimPOTrainer(DividedSteps, DurableTrainer):
             "max_length / max_prompt_length": f"{self.args.length_limit} / {self.args.prompt_limit}",
             "preprocessing": self.args.preprocessing,
             "seed": self.args.seed,
+            **({"chat template settings": f"`{self.template_settings}`"} if self.template_settings else {}),
         }
         name = (self.args.hub_model_id or self.args.run_name or Path(self.args.output_dir).name).split("/")[-1]
         card = simpo_card(
