@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import UserError
 from .rows import REFUSED, SAID, TEMPLATE_COLUMNS, Finding, is_unicode, whole_turns
-from .template import TemplateRefusal, Turns, render, shipped_names
+from .template import TemplateRefusal, Turns, other_template, render
 
 TEXT_COLUMNS = ("prompt", "chosen", "rejected")
 SIDES = ("chosen", "rejected")
@@ -28,6 +28,7 @@ REWRITTEN = "the template rewrites an answered prompt"
 GLUED = "glued text is none of the template's"
 SECOND_BOS = "bos twice"
 ENDLESS = "no end of turn"
+EMPTY = "empty response"
 SPECIAL = "special token in the text"
 SCORED_OPENING = "the template's own words before the reply are scored"
 SHARED_OPENING = "header given to the prompt, as the template has no generation prompt"
@@ -93,7 +94,7 @@ def glue_faults(prompt: Turns, row: dict[str, Turns], texts: dict[str, str], dra
         try:
             whole = draw(prompt + row[side])
         except TemplateRefusal as refusal:
-            yield Finding(GLUED, f"prompt and {side} are no conversation for the chat template: {refusal}")
+            yield Finding(GLUED, f"prompt and {side} are no conversation of the template's: {refusal.refusal}")
             continue
         if glued != whole:
             yield Finding(GLUED, f"prompt + {side} is {around_difference(glued, whole)}")
@@ -124,6 +125,8 @@ def exact_pair_text(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, *, 
     texts, ends = {}, {}
     for side in SIDES:
         replies = [without_mark(without_mark(turn, tokenizer.eos_token), frame.ending.strip()) for turn in row[side]]
+        if not any(word.strip() for turn in replies for word in said_in(turn)):
+            raise Fault(EMPTY, f"{side} is empty")
         response = response_text(side, prompt, draw(turns + replies))
         if missing := left_out(replies, response):
             raise Fault(LOST, f"{side} {response!r:.200} lacks {missing!r:.200}, which the reply says")
@@ -165,8 +168,8 @@ def response_text(side: str, prompt: str, whole: str) -> str:
         raise Fault(
             REWRITTEN,
             f"the chat template writes a conversation differently once it is answered: its text does not begin with "
-            f"the prompt's, so the {side} response cannot be told from it. The prompt is {around_difference(prompt, whole)}; "
-            f"set chat_template in the recipe to one that only appends (shipped: {', '.join(shipped_names())})",
+            f"the prompt's, so the {side} response cannot be told from it. The prompt is {around_difference(prompt, whole)}. "
+            f"{other_template()}",
         )
     return whole[len(prompt) :]
 
@@ -283,13 +286,10 @@ def around(match: re.Match) -> str:
     return match.string[max(match.start() - 20, 0) : match.end() + 20]
 
 
+@functools.lru_cache(maxsize=4)  # asked several times a row, and Llama-3 has 256 special tokens
 def special_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern | None:
     names = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    return compiled(tuple(sorted({*names, *tokenizer.all_special_tokens}, key=len, reverse=True)))
-
-
-@functools.cache
-def compiled(words: tuple[str, ...]) -> re.Pattern | None:
+    words = sorted({*names, *tokenizer.all_special_tokens}, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, words))) if words else None
 
 
@@ -417,12 +417,13 @@ def check_published_template(tokenizer: PreTrainedTokenizerBase, *, date: str | 
     question, reply = {"role": "user", "content": "question"}, {"role": "assistant", "content": "reply"}
     try:
         alone = without_bos(render([reply], tokenizer, date=date), tokenizer)
+        whole, prompt = (render(turns, tokenizer, date=date) for turns in ([question, reply], [question]))
     except TemplateRefusal as refusal:
-        reason = f"this model's chat template refuses a response that is rendered alone, as the published rules do ({refusal})"
-        raise UserError(f"preprocessing = published: {reason}. {way_out(tokenizer, date)}") from refusal
-    whole, prompt = (render(turns, tokenizer, date=date) for turns in ([question, reply], [question]))
-    if not whole.endswith(alone):
-        opening = alone[: alone.find("reply")]
+        raise UserError(f"preprocessing = published: {refusal.refusal}. {way_out(tokenizer, date)}") from refusal
+    opening, found, _ = alone.partition("reply")
+    if not found:
+        reason = "does not write a response that is rendered alone"
+    elif opening not in whole:
         reason = f"puts {opening!r} in front of every response that is rendered alone, which would be trained on"
     elif prompt + alone != whole:
         reason = f"is not made to be rendered in parts: prompt + response would be {around_difference(prompt + alone, whole)}"
@@ -439,7 +440,3 @@ def way_out(tokenizer: PreTrainedTokenizerBase, date: str | None = None) -> str:
     except (Fault, TemplateRefusal):
         return other_template()
     return "Use preprocessing: exact."
-
-
-def other_template() -> str:
-    return f"Set chat_template in the recipe to one that suits these rows (shipped: {', '.join(shipped_names())})."

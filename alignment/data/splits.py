@@ -136,7 +136,7 @@ def usable_texts(name: str, texts: Dataset, tokenizer: PreTrainedTokenizerBase, 
     exact = args.preprocessing == "exact"
     if len(bad) == len(texts) and (exact or all(flaw.reason in chat.MISUSED for flaw in faults)):
         first = faults[0].message
-        advice = chat.other_template() if exact else chat.way_out(tokenizer, run_.date)
+        advice = template.other_template() if exact else chat.way_out(tokenizer, run_.date)
         raise UserError(
             f"the chat template fails in every row of {name}, first in {first}{'' if 'shipped:' in first else f'. {advice}'}"
         )

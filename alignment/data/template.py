@@ -132,8 +132,16 @@ def clock(date: str) -> str:
 # ---- Rendering ----
 
 
+def other_template() -> str:
+    return f"Set chat_template in the recipe to one that suits these rows (shipped: {', '.join(shipped_names())})."
+
+
 class TemplateRefusal(UserError):
     """A chat template's own complaint about a conversation, or its failure."""
+
+    def __init__(self, roles: str, complaint: str):
+        self.refusal = f"the chat template refuses a conversation of roles ({roles}): {complaint.rstrip('.')}"
+        super().__init__(f"{self.refusal}. {other_template()}")
 
 
 def render(
@@ -161,7 +169,4 @@ def render(
     except Exception as error:  # a template is a program, and fails like one
         roles = ", ".join(turn["role"] for turn in turns)
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise TemplateRefusal(
-            f"the chat template refuses a conversation of roles ({roles}): {reason}. Set chat_template in the recipe to "
-            f"one that accepts it (shipped: {', '.join(shipped_names())})."
-        ) from error
+        raise TemplateRefusal(roles, reason) from error
