@@ -126,7 +126,7 @@ def find_splits(data_args: DataArguments, do_eval: bool) -> tuple[list[Split], d
     if do_eval and not has_evaluation:
         raise UserError(f"no evaluation rows in {', '.join(mixer)}: name an evaluation split or file, or --do_eval=false")
     notes = {TEST: [f"{source.name} has no split {name!r}" for source, name in absent]}
-    return splits, notes | {TRAIN: [note for source in sources if (note := source.note()) is not None]}
+    return splits, notes | {TRAIN: [note for source in sources for note in source.notes(data_args.dataset_splits)]}
 
 
 def wanted_splits(names: Sequence[str], do_eval: bool) -> dict[str, str]:

@@ -48,10 +48,16 @@ class Source(NamedTuple):
             wanted = {purpose: purpose for purpose in wanted.values()}
         return {found: purpose for name, purpose in wanted.items() if (found := self.find(name)) is not None}
 
-    def note(self) -> str | None:
+    def notes(self, wanted: Sequence[str]) -> list[str]:
         """What lies in its place and is not read."""
-        names = [*self.passed_over[:SHOWN], *["..."] * (len(self.passed_over) > SHOWN)]
-        return f"{self.name}: passed over {', '.join(names)}" if names else None
+        read = {self.find(name) for name in wanted}
+        unnamed = [name for name in self.splits if name not in read] if self.has_split_names else []
+        listed = {"passed over": self.passed_over, "not named in dataset_splits:": unnamed}
+        return [f"{self.name}: {what} {few(names)}" for what, names in listed.items() if names]
+
+
+def few(names: Sequence[str]) -> str:
+    return ", ".join([*names[:SHOWN], *["..."] * (len(names) > SHOWN)])
 
 
 def words_of(name: str) -> set[str]:
@@ -101,7 +107,7 @@ def open_glob(name: str) -> Source:
     matches = sorted(start.glob(str(pattern.relative_to(start))))
     files = [match for match in matches if is_data(match)]
     if not files:
-        seen = f" that can be read ({', '.join(FORMATS)}), but {', '.join(map(str, matches[:SHOWN]))}" if matches else ""
+        seen = f" that can be read ({', '.join(FORMATS)}), but {few([*map(str, matches)])}" if matches else ""
         raise UserError(f"{name}: matches no file{seen}, seen from {Path.cwd()}")
     others = [str(match) for match in matches if match not in files]
     return Source(name, split_files(name, files, file_purpose), has_split_names=False, passed_over=others)
@@ -130,7 +136,7 @@ def open_folder(name: str, folder: Path) -> Source:
         raise UserError(f"{name}: has both files and a folder for the split {twice[0]}; keep one of them")
     splits = saved | split_files(name, files, split_name) | {split: rows_of(name, split, folders[split]) for split in folders}
     if not splits:
-        seen = f"; it holds {', '.join(others[:SHOWN])}" if others else ""
+        seen = f"; it holds {few(others)}" if others else ""
         raise UserError(
             f"{name}: holds no dataset; expected files like train.jsonl, test.json or train-00000-of-00002.parquet, also "
             f"compressed, a folder of them for each split, or a folder written by save_to_disk{seen}"

@@ -8,6 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, TemplateSyntaxError, meta
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import UserError
@@ -86,8 +87,9 @@ def with_settings(template: str | dict[str, str], settings: dict[str, Any] | Non
     if not settings:
         return template
     named = template if isinstance(template, dict) else {"": template}
+    words = set().union(*map(variables, named.values()))
     for key in settings:
-        check_setting(key, "\n".join(named.values()), tokenizer)
+        check_setting(key, words, tokenizer)
     opening = "".join(
         f"{{% if {key} is not defined %}}{{% set {key} = {literal(value)} %}}{{% endif %}}\n" for key, value in settings.items()
     )
@@ -95,11 +97,19 @@ def with_settings(template: str | dict[str, str], settings: dict[str, Any] | Non
     return opened if isinstance(template, dict) else opened[""]
 
 
-def check_setting(key: str, template: str, tokenizer: PreTrainedTokenizerBase) -> None:
+def variables(template: str) -> set[str]:
+    """The names that a template looks up; none of one that is no Jinja, which fails when it is rendered."""
+    plain = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", template)  # a tag of transformers'
+    try:
+        return meta.find_undeclared_variables(Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain))
+    except TemplateSyntaxError:
+        return set()
+
+
+def check_setting(key: str, words: set[str], tokenizer: PreTrainedTokenizerBase) -> None:
     place = f"chat_template_kwargs.{key}"
     if key in GIVEN or key in tokenizer.special_tokens_map or key == CLOCK:
         raise UserError(f"{place}: is given by the data, the tokenizer or the run; remove it")
-    words = set(re.findall(r"[A-Za-z_]\w*", template))
     if key not in words:
         near = difflib.get_close_matches(key, words, n=1, cutoff=0.7)
         advice = f"did you mean {near[0]!r}?" if near else "remove it, or choose a chat_template that does"

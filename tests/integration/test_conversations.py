@@ -120,8 +120,8 @@ def test_a_row_that_the_template_refuses_is_named_by_file_and_line(workspace, tm
     with pytest.raises(UserError, match=r"pairs/train\.jsonl, line 4: .*no system"):
         prepare(workspace, tmp_path, caplog, rows, chat_template=template)
     shutil.rmtree(tmp_path / "pairs")
+    published = {"preprocessing": "published", "auto_insert_empty_system_msg": False}
     with pytest.raises(UserError, match=r"pairs/train\.jsonl, line 4: .*no system"):
-        published = {"preprocessing": "published", "auto_insert_empty_system_msg": False}
         prepare(workspace, tmp_path, caplog, rows, chat_template=template, **published)
     shutil.rmtree(tmp_path / "pairs")
     assert "refused by the template: 1 rows dropped" in prepare(

@@ -438,6 +438,7 @@ def test_settings_leave_the_text_of_a_template_as_it_was():
     [
         ("enable_thinkng", "did you mean 'enable_thinking'"),
         ("colour_of_hair", "reads nothing of this name"),
+        ("message", "reads nothing of this name"),  # a word of the template, and no variable
         ("messages", "is given by"),
         ("bos_token", "is given by"),
     ],

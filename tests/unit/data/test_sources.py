@@ -224,6 +224,13 @@ def test_what_is_passed_over_is_said_in_one_line():
     assert str(reports["train"]) == "1 row read; source: passed over ._train.jsonl, notes.txt, pairs.csv, train.jsonl~"
 
 
+def test_splits_that_a_recipe_does_not_name_are_said():
+    for name in ("train", "gen", "test"):
+        write(f"source/{name}.jsonl", pairs(1))
+    _, reports = read({"source": 1.0}, do_eval=False)
+    assert reports["train"].notes == ["source: not named in dataset_splits: gen"]
+
+
 def test_a_pattern_passes_over_what_is_no_data():
     write("source/a.jsonl", pairs(1))
     write("source/._a.jsonl", [])

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from alignment.data import chat
 from alignment.data.chat import check_published_template, exact_pair_text, published_pair_text
-from alignment.data.template import read_template, shipped_names, shipped_template
+from alignment.data.template import read_template, shipped_names, shipped_template, variables
 from alignment.errors import UserError
 from tests.builders import EOS, bpe_tokenizer
 
@@ -137,3 +137,11 @@ def test_the_marks_of_a_template_are_found():
         "<\uff5cend\u2581of\u2581sentence\uff5c>",
     ]
     assert EOS in tokenizer_for("{{ '<|eot_id|>' }}").all_special_tokens
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [("qwen3", "enable_thinking"), ("llama3_2", "date_string"), ("gptoss", "reasoning_effort")],
+)
+def test_settings_of_known_templates_are_known(name, key):
+    assert key in variables(read_template(str(TEMPLATES[name])))
