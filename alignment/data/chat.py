@@ -24,6 +24,7 @@ SIDES = ("chosen", "rejected")
 PROBE = "qzxprobeqzx"
 
 LOST = "the template leaves out part of a turn"
+UNWRITTEN = "the template does not write a key of the rows"
 REWRITTEN = "the template rewrites an answered prompt"
 GLUED = "glued text is none of the template's"
 SECOND_BOS = "bos twice"
@@ -99,7 +100,7 @@ def glue_faults(prompt: Turns, row: dict[str, Turns], texts: dict[str, str], dra
         if glued != whole:
             yield Finding(GLUED, f"prompt + {side} is {around_difference(glued, whole)}")
         elif missing := left_out(row[side], texts[side]):
-            yield Finding(LOST, f"{side} lacks {missing!r}")
+            yield missing
 
 
 def around_difference(ours: str, theirs: str) -> str:
@@ -125,14 +126,14 @@ def exact_pair_text(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, *, 
     texts, ends = {}, {}
     for side in SIDES:
         replies = [without_mark(without_mark(turn, tokenizer.eos_token), frame.ending.strip()) for turn in row[side]]
-        if not any(word.strip() for turn in replies for word in said_in(turn)):
+        if all(is_silent(turn) for turn in replies):
             raise Fault(EMPTY, f"{side} is empty")
         response = response_text(side, prompt, draw(turns + replies))
         if missing := left_out(replies, response):
-            raise Fault(LOST, f"{side} {response!r:.200} lacks {missing!r:.200}, which the reply says")
+            raise Fault(*missing)
         texts[side], ends[side] = up_to_its_end(response, frame, tokenizer)
     if missing := left_out([turn for turn in turns if turn["role"] != "assistant"], prompt) or unnamed_tool(row, prompt):
-        raise Fault(LOST, f"the prompt {prompt!r:.200} lacks {missing!r:.200}")
+        raise Fault(*missing)
     if not all(ends.values()) and tokenizer.eos_token is None:
         raise Fault(ENDLESS, f"nothing ends the response {texts['chosen'][-60:]!r}, and the tokenizer has no eos")
     given = [*row["prompt"], *row["chosen"], *row["rejected"]]
@@ -217,16 +218,28 @@ def with_opening(
 # ---- Proofs ----
 
 
-def left_out(turns: Turns, text: str) -> str | None:
+def left_out(turns: Turns, text: str) -> Finding | None:
     """Something that a turn says and that is not in the text; white space and JSON's escapes make no difference."""
-    words = (word for turn in turns for word in said_in(turn))
-    return next((word for word in words if not is_written(word, text)), None)
+    for turn in turns:
+        if not is_written(turn["content"], text):
+            return Finding(LOST, f"{text!r:.200} lacks {turn['content']!r:.200}, which a {turn['role']} turn says")
+        for key in SAID:
+            for word in leaves(turn.get(key)):
+                if not is_written(word, text):
+                    return unwritten(key, word, text)
+    return None
 
 
-def said_in(turn: dict[str, Any]) -> Iterator[str]:
-    yield turn["content"]
-    for key in SAID:
-        yield from leaves(turn.get(key))
+def unwritten(key: str, word: str, text: str) -> Finding:
+    return Finding(UNWRITTEN, f"{text!r:.200} lacks {word!r:.200} of {key}. {without_key(key)}")
+
+
+def without_key(key: str) -> str:
+    return f"Set chat_template to one that writes {key}, or remove {key} from the rows"
+
+
+def is_silent(turn: dict[str, Any]) -> bool:
+    return not turn["content"].strip() and not any(turn.get(key) for key in SAID)
 
 
 def leaves(value: Any) -> Iterator[str]:
@@ -258,10 +271,10 @@ def written_in_parts(word: str, text: str) -> bool:
     return bool(parts) and all("".join(part.split()) in text for part in parts)
 
 
-def unnamed_tool(row: dict[str, Any], prompt: str) -> str | None:
+def unnamed_tool(row: dict[str, Any], prompt: str) -> Finding | None:
     tools = row.get("tools") or []
     names = [(tool.get("function") or tool).get("name") for tool in tools if isinstance(tool, dict)]
-    return next((name for name in names if name and name not in prompt), None)
+    return next((unwritten("tools", name, prompt) for name in names if name and name not in prompt), None)
 
 
 def bos_faults(texts: dict[str, str], given: Turns, tokenizer: PreTrainedTokenizerBase) -> Iterator[Finding]:
@@ -380,7 +393,7 @@ def published_message_text(
     text = render(turns, tokenizer, date=date)
     findings = [*bos_faults({"prompt": text}, turns, tokenizer), *special_tokens(turns, tokenizer)]
     if missing := left_out(turns[-1:], text):
-        findings.append(Finding(LOST, f"the text lacks {missing!r}"))
+        findings.append(missing)
     return {"text": text, "add_eos": False, "findings": findings}
 
 
@@ -393,7 +406,7 @@ def exact_message_text(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, 
     reply = without_mark(reply, frame.ending.strip())
     text, ends = up_to_its_end(draw([*turns, reply]), frame, tokenizer)
     if missing := left_out([reply], text) or left_out([turn for turn in turns if turn["role"] != "assistant"], text):
-        raise Fault(LOST, f"{text!r:.200} lacks {missing!r:.200}")
+        raise Fault(*missing)
     for fault in bos_faults({"prompt": text}, row["messages"], tokenizer):
         raise Fault(*fault)
     if not ends and tokenizer.eos_token is None:

@@ -7,7 +7,7 @@ A source of dataset_mixer offers splits; a split gives its share of rows; a row 
 import json
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -298,7 +298,7 @@ def report(parts: Sequence[Part], drop: bool, notes: list[str]) -> SplitReport:
     )
 
 
-def count_reasons(flaws: Sequence[Flaw]) -> dict[str, int]:
+def count_reasons(flaws: Iterable[Flaw]) -> dict[str, int]:
     return dict(Counter(flaw.reason for flaw in flaws))
 
 

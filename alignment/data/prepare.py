@@ -231,8 +231,8 @@ def spread(lengths: np.ndarray) -> str:
 
 def describe_published(texts: Dataset, tokens: Dataset, tokenizer: PreTrainedTokenizerBase) -> str:
     """How many rows each oddity of the published rules touches."""
-    question = [{"role": "user", "content": "question"}]
-    header_scored = chat.render(question, tokenizer) != chat.render(question, tokenizer, generation_prompt=True)
+    alone = chat.render([{"role": "assistant", "content": chat.PROBE}], tokenizer)
+    header_scored = bool(chat.without_bos(alone, tokenizer).partition(chat.PROBE)[0].strip())
     touched = {
         "assistant header scored with the response": len(tokens) if header_scored else 0,
         "empty system turn added": sum(texts["system_added"]),

@@ -137,16 +137,15 @@ def usable_texts(name: str, texts: Dataset, tokenizer: PreTrainedTokenizerBase, 
     if len(bad) == len(texts) and (exact or all(flaw.reason in chat.MISUSED for flaw in faults)):
         first = faults[0].message
         advice = template.other_template() if exact else chat.way_out(tokenizer, run_.date)
-        raise UserError(
-            f"the chat template fails in every row of {name}, first in {first}{'' if 'shipped:' in first else f'. {advice}'}"
-        )
+        told = "" if "Set chat_template" in first else f". {advice}"
+        raise UserError(f"the chat template fails in every row of {name}, first in {first}{told}")
     if faults and exact and args.bad_rows == "refuse":
         raise UserError(f"{listing(faults)}; bad_rows: drop leaves them out")
     what = "dropped" if exact else "tolerated"
     first = {flaw.reason: flaw.message for flaw in reversed(flaws)}
     notes = [
         f"{reason}: {count:,} rows{'' if reason in chat.REMARKS else f' {what}'}, first {first[reason]}"
-        for reason, count in count_reasons(flaws).items()
+        for reason, count in count_reasons({(flaw.index, flaw.reason): flaw for flaw in flaws}.values()).items()
     ]
     return (texts.select([i for i in range(len(texts)) if i not in bad]) if exact and bad else texts), notes
 

@@ -20,6 +20,7 @@ from alignment.data.chat import (
     SHARED_OPENING,
     SPECIAL,
     UNSEEN_TOOLS,
+    UNWRITTEN,
     Fault,
     check_published_template,
     exact_pair_text,
@@ -277,8 +278,13 @@ def test_reasoning_and_calls_are_written_where_the_template_knows_them():
 
 
 @pytest.mark.parametrize("keys", [{"reasoning_content": "I think."}, {"tool_calls": [CALL]}, {"reasoning": "So."}])
-def test_what_a_turn_says_beside_its_content_is_never_dropped_in_silence(keys):
-    assert fault(row(reply(**keys)), bpe_tokenizer()) == LOST
+def test_what_a_turn_says_beside_its_content_is_never_dropped_in_silence_and_the_advice_works(keys):
+    assert fault(row(reply(**keys)), bpe_tokenizer()) == UNWRITTEN
+    message = refusal(exact_pair_text, row(reply(**keys)), bpe_tokenizer())
+    (key,) = keys
+    assert message.endswith(f"Set chat_template to one that writes {key}, or remove {key} from the rows")
+    exact_pair_text(row(reply(**keys)), with_template(QWEN3))
+    exact_pair_text(row(reply()), bpe_tokenizer())
 
 
 @pytest.mark.parametrize("keys", [{"name": "x"}, {"score": 1.5}, {"id": "7"}, {"tool_calls": []}, {"weight": None}])
@@ -297,7 +303,7 @@ def test_a_turn_that_only_calls_a_tool_is_a_response_and_results_stand_in_the_pr
 @pytest.mark.parametrize("tools", [[TOOL], [TOOL["function"]]])
 def test_tools_are_handed_to_the_template_and_a_template_without_them_is_a_fault(tools):
     assert '"name": "weather"' in exact_pair_text(row(tools=tools), with_template(QWEN3))["prompt"]
-    assert fault(row(tools=tools), bpe_tokenizer()) == LOST
+    assert fault(row(tools=tools), bpe_tokenizer()) == UNWRITTEN
     assert reasons(published_pair_text(row(tools=tools), bpe_tokenizer(), add_system=False)) == [UNSEEN_TOOLS]
 
 
