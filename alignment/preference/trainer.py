@@ -69,6 +69,7 @@ class PairTrainer(DividedSteps, ScoredFirst):
             raise UserError(f"processing_class = None: {type(self).__name__} needs the tokenizer")
         self.base_model_name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", None)
         self.dataset_names: list[str] = []  # for the model card
+        self.template_settings: dict[str, Any] | None = None  # the recipe's chat_template_kwargs, for the card too
         self.eval_pairs: dict[str, dict[str, np.ndarray]] = {}  # of the last evaluation, by metric prefix
         self.objective = args.objective
 
@@ -333,6 +334,7 @@ class PairTrainer(DividedSteps, ScoredFirst):
             "max_length / max_prompt_length": f"{self.args.length_limit} / {self.args.prompt_limit}",
             "preprocessing": self.args.preprocessing,
             "seed": self.args.seed,
+            **({"chat template settings": f"`{self.template_settings}`"} if self.template_settings else {}),
         }
         name = (self.args.hub_model_id or self.args.run_name or Path(self.args.output_dir).name).split("/")[-1]
         about = {"base_model": self.base_model_name, "datasets": self.dataset_names, "settings": settings, "held_out": held_out}

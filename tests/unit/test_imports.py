@@ -18,7 +18,7 @@ ORDER = {
     "launch": ["launch", "strategy", "turns"],
     "recipe": ["values", "parser", "configs"],
     "model": ["loading", "adapters", "adapter_checks", "layers", "head", "shared_prompt"],
-    "data": ["sources", "rows", "mixing", "chat", "tokenization", "prepare", "splits"],
+    "data": ["files", "sources", "rows", "mixing", "template", "chat", "tokenization", "prepare", "splits"],
     "run": ["run_folder", "signals", "checkpoints", "resuming", "hub", "guards", "durable", "failures", "records"],
     "preference": [
         "losses",
