@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 from alignment.data.tokenization import LengthRules
 from alignment.errors import Problem
 from alignment.recipe.configs import RunArguments, choice_problem, positive_problem
+from alignment.recipe.ranges import PAIR_RULES, rule_problems
 
 CHOICES = {
     "loss_type": ("sigmoid", "hinge"),
@@ -89,7 +90,7 @@ class SimPOConfig(RunArguments, TrainingArguments):
 
     def problems(self) -> list[Problem]:
         counts = ("max_length", "max_prompt_length", "dataset_num_proc", "max_tokens_per_micro_batch")
-        problems = super().problems() + positive_problem(self, "beta", *counts)
+        problems = super().problems() + positive_problem(self, "beta", *counts) + rule_problems(self, PAIR_RULES)
         for key, choices in CHOICES.items():
             problems += choice_problem(self, key, choices)
         for key, (allowed, advice) in RANGES.items():
@@ -99,6 +100,12 @@ class SimPOConfig(RunArguments, TrainingArguments):
             advice = f"leaves no room for a response in max_length = {self.length_limit}"
             problems.append(Problem("max_prompt_length", self.prompt_limit, advice))
         return problems
+
+    @classmethod
+    def metrics(cls, values: Any) -> list[str]:
+        sides = ("rewards", "logps", "logits", "lengths")
+        pairs = [f"{kind}/{side}" for kind in sides for side in ("chosen", "rejected")]
+        return ["loss", "rewards/accuracies", "rewards/margins", *pairs, *(["sft_loss"] if values.sft_weight > 0 else [])]
 
     @property
     def length_limit(self) -> int:

@@ -89,6 +89,14 @@ class DividedSteps(GuardedSteps):
                 losses.append(super().training_step(model, batch, num_items_in_batch))
         return torch.stack(losses).sum()
 
+    def _track_num_input_tokens(self, inputs: Batch) -> None:
+        """As the Trainer, of batches that may be packed, or divided further."""
+        if self.args.include_num_input_tokens_seen == "no":
+            return
+        count = sum(input_tokens(batch, self.args.include_num_input_tokens_seen) for batch in micro_batches(inputs))
+        counts = torch.as_tensor(count, device=self.args.device, dtype=torch.int64)
+        self.state.num_input_tokens_seen += self.accelerator.gather(counts).sum().item()
+
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         """Behind every step. The means are those of the steps that were taken."""
         for sums in self.step_sums if not self.is_skipping else ():
@@ -110,6 +118,12 @@ class StepClock(TrainerCallback):
 
 def micro_batches(sample: Batch) -> list[Batch]:
     return sample.get("micro_batches", [sample])
+
+
+def input_tokens(batch: Batch, kind: str) -> int | Tensor:
+    """Of all rows, padding included or (non_padding) not. A packed row has none, and no mask of one entry a token."""
+    mask = batch["attention_mask"]
+    return mask.sum() if kind == "non_padding" and mask.dim() == 2 else batch["input_ids"].numel()
 
 
 def check_token_budget(budget: int, collator: PaddedCollator | PackedCollator, rows: Dataset | None) -> None:

@@ -315,6 +315,7 @@ class H4ArgumentParser(HfArgumentParser):
             self.print_help()
             self.exit()
         path, options = split_command_line(words)
+        self.place = path or "the command line"
         self.notices = []
         self.complaints: list[str] = []
         # Keys whose value cannot be used: what is said about the defaults in their place would mislead.
@@ -322,12 +323,18 @@ class H4ArgumentParser(HfArgumentParser):
         settings = self.accept(read_recipe(path) if path else [])
         settings |= self.accept(read_options(options, {*self.targets, *self.old_spellings}))
         objects = tuple(self.build(kind, settings) for kind in self.dataclass_types)
-        values = self.values(settings)
+        self.settings, values = settings, self.values(settings)
         self.complain([problem for check in checks for problem in check(values)], settings)
         if self.complaints:
             raise RecipeError(self.complaints)
         self.recipe = {key: setting.value for key, setting in settings.items()}
         return objects
+
+    def refuse(self, problems: Iterable[Problem]) -> None:
+        """Raises RecipeError for what turned out to be wrong after parse()."""
+        lines = [blame(problem, self.settings, self.place) for problem in problems]
+        if lines:
+            raise RecipeError(lines)
 
     def accept(self, source: Iterable[Given]) -> dict[str, Setting]:
         """The usable settings of one place, by present key; complaints about the others."""
@@ -382,13 +389,13 @@ class H4ArgumentParser(HfArgumentParser):
             self.complain(error.problems, settings)
         except (ValueError, TypeError, OSError, ImportError) as error:
             if not words_of(str(error)) & self.doubtful:
-                self.complaints.append(objection(kind, error, settings))
+                self.complaints.append(objection(kind, error, settings, self.place))
         return None
 
     def complain(self, problems: Iterable[Problem], settings: Mapping[str, Setting]) -> None:
         """One line for each, but for those that speak of a key whose value is wrong already."""
         telling = [problem for problem in problems if not words_of(problem.key, problem.advice) & self.doubtful]
-        self.complaints += [blame(problem, settings) for problem in telling]
+        self.complaints += [blame(problem, settings, self.place) for problem in telling]
         self.doubtful |= {problem.key for problem in telling}
 
 
@@ -413,34 +420,37 @@ def words_of(*texts: str) -> set[str]:
     return set(re.findall(r"\w+", " ".join(texts)))
 
 
-def blame(problem: Problem, settings: Mapping[str, Setting]) -> str:
-    """A config's problem, behind the place that its value came from."""
+def blame(problem: Problem, settings: Mapping[str, Setting], elsewhere: str) -> str:
+    """A config's problem, behind the place of its value, or of what it hangs on; `elsewhere`, if neither was given."""
     key = problem.key.split(".")[0]  # dataset_mixer.SOURCE
+    if key.isupper():
+        return f"environment: {problem}"
     if key not in settings:
         # The default fits not with what was given: the line to look at is that of the other setting.
         others = (settings[word].given.place for word in re.findall(r"\w+", problem.advice) if word in settings)
-        return f"{next(others, 'default')}: {problem} ({key} is at its default)"
+        place = next(others, elsewhere)
+        return f"{place}: {key} {problem.advice}" if problem.value is None else f"{place}: {problem} ({key} is at its default)"
     given = settings[key].given
     if given.is_option and problem.key == key:
         return f"{given}: {problem.advice}"
     return f"{given.place}: {problem}"
 
 
-def objection(kind: type, error: Exception, settings: Mapping[str, Setting]) -> str:
+def objection(kind: type, error: Exception, settings: Mapping[str, Setting], elsewhere: str) -> str:
     """An error of transformers', in one line, behind the settings that it speaks of."""
     if "bf16/gpu" in str(error):
         wanted = (key for key in ("bf16", "bf16_full_eval") if key in settings and settings[key].value)
         key = next(wanted, "bf16")
         advice = f"no GPU that computes in bf16; set {key}: false, or use_cpu: true to train on the CPU"
-        return blame(Problem(key, True, advice), settings)
+        return blame(Problem(key, True, advice), settings, elsewhere)
     words = words_of(str(error).replace("_", "").lower())  # `AcceleratorConfig` is about accelerator_config
     file = getattr(error, "filename", None)
     concerned = [
         str(setting.given)
         for key, setting in settings.items()
-        if key.replace("_", "") in words or (file is not None and setting.value == file)
+        if key.replace("_", "") in words or (file is not None and setting.value == file) or repr(setting.value) in str(error)
     ]
-    return f"{', '.join(concerned) or kind.__name__}: {one_line(error)}"
+    return f"{', '.join(concerned) or elsewhere}: {one_line(error)}"
 
 
 # ---- What a run records ----

@@ -17,7 +17,7 @@ import torch
 from alignment.errors import TrainingStopped, UserError
 from alignment.run.signals import STOPPING, RunInterrupted, StopSignals, outlast_signals
 
-TERM, USR1, INT = STOPPING
+TERM, USR1, INT, HUP = STOPPING
 each_signal = pytest.mark.parametrize("number", STOPPING, ids=lambda number: number.name)
 
 
@@ -27,7 +27,7 @@ def send(*numbers: signal.Signals) -> None:
 
 
 def test_the_ends_that_schedulers_and_users_ask_for_are_listened_to():
-    assert [number.name for number in STOPPING] == ["SIGTERM", "SIGUSR1", "SIGINT"]
+    assert [number.name for number in STOPPING] == ["SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP"]
 
 
 @each_signal
