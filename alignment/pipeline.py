@@ -340,6 +340,9 @@ def train(trainer: DurableTrainer, checkpoint: Checkpoint | None) -> None:
     if checkpoint is not None:
         logger.info("Resuming from %s.", checkpoint.path)
     metrics = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.path)).metrics
+    trained_before = checkpoint is not None and checkpoint.step == trainer.state.global_step
+    if trained_before and Path(trainer.args.output_dir, "train_results.json").is_file():
+        return  # only the end was missing
     metrics["train_samples"] = len(trainer.train_dataset)
     trainer.log_metrics("train", metrics)
     trainer.save_metrics("train", metrics)
