@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -178,6 +179,44 @@ def signal_in(rank: int, place: str, number: int, ranks: list[int], delays: list
         calls += 1
         if calls == number and rank in ranks:
             send(names, delays)
+        return original(*args, **kwargs)
+
+    setattr(owner, name, patched)
+
+
+def lose_output_in(rank: int, place: str, number: int, names: list[str]) -> None:
+    """At the number-th call of a place, whoever reads stdout and stderr goes away; `names` come with it."""
+
+    def lose() -> None:
+        reader, writer = os.pipe()
+        for descriptor in (1, 2):
+            os.dup2(writer, descriptor)
+        os.close(reader)
+        send(names, [0.0] * len(names))
+
+    at_call(place, number, lose)
+
+
+def deaf_in(rank: int, place: str, number: int, names: list[str]) -> None:
+    """A run that was started deaf to some signals, as by nohup, which then come."""
+    for name in names:
+        signal.signal(signal.Signals[name], signal.SIG_IGN)
+    at_call(place, number, lambda: send(names, [0.0] * len(names)))
+
+
+def under_umask(rank: int, mask: int) -> None:
+    os.umask(mask)
+
+
+def at_call(place: str, number: int, do: Callable[[], None]) -> None:
+    owner, name = places()[place]
+    original, calls = getattr(owner, name), 0
+
+    def patched(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == number:
+            do()
         return original(*args, **kwargs)
 
     setattr(owner, name, patched)

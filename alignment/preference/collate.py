@@ -237,9 +237,10 @@ class TokenCounts:
     distinct: int  # what the packed row holds
     padded: int  # what 2B rows padded to the longest would hold
     scored: int  # of the distinct ones, those whose prediction is scored: all that the head computes
-    chosen: int  # of the chosen responses
-    whole_chosen: int  # of the chosen rows, prompt and response, but their first
-    pairs: int
+    unpadded: int = 0  # of the padded ones, those that are no padding
+    chosen: int = 0  # of the chosen responses
+    whole_chosen: int = 0  # of the chosen rows, prompt and response, but their first
+    pairs: int = 0
 
 
 def about_pairs(rows: list[Row], *, scores_prompt: bool = False) -> dict[str, Tensor | TokenCounts]:
@@ -261,6 +262,7 @@ def token_counts(rows: list[Row], *, scores_prompt: bool = False) -> TokenCounts
     return TokenCounts(
         distinct=sum(packed_tokens(row) for row in rows),
         padded=len(lengths) * max(lengths),
+        unpadded=sum(lengths),
         scored=(whole if scores_prompt else chosen) + rejected,
         chosen=chosen,
         whole_chosen=whole,

@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 from ..data.tokenization import LengthRules
 from ..errors import Problem
 from ..recipe.configs import RunArguments, choice_problem, positive_problem
+from ..recipe.ranges import PAIR_RULES, rule_problems
 from ..report.objective import Objective
 
 CHOICES = {
@@ -149,6 +150,7 @@ class PairConfig(RunArguments, TrainingArguments):
     def problems(self) -> list[Problem]:
         counts = ("max_length", "max_prompt_length", "dataset_num_proc")
         problems = super().problems() + positive_problem(self, *(key for key in ("beta",) if hasattr(self, key)), *counts)
+        problems += rule_problems(self, PAIR_RULES)
         for key, choices in CHOICES.items():
             problems += choice_problem(self, key, choices)
         if self.loss_types:
@@ -164,6 +166,13 @@ class PairConfig(RunArguments, TrainingArguments):
                 Problem(key, getattr(self, key), f"is not read by {self.objective.name}; remove it") for key in self.unread()
             ]
         return problems
+
+    @classmethod
+    def metrics(cls, values: Any) -> list[str]:
+        """What is logged of an evaluation, for a recipe of these values."""
+        sides = ("rewards", "logps", "logits", "lengths")
+        pairs = [f"{kind}/{side}" for kind in sides for side in ("chosen", "rejected")]
+        return ["loss", "rewards/accuracies", "rewards/margins", *pairs, *(["sft_loss"] if values.sft_weight > 0 else [])]
 
     def unread(self) -> list[str]:
         """Keys that another objective of the class would read, and that are not at their default."""

@@ -132,6 +132,15 @@ class DividedSteps(FittedSteps):
                 losses.append(super().training_step(model, batch, step))
         return torch.stack(losses).sum()
 
+    def _track_num_input_tokens(self, inputs: Batch) -> None:
+        """As the Trainer, of batches that may be packed, or divided further."""
+        if self.args.include_num_input_tokens_seen == "no":
+            return
+        kind = self.args.include_num_input_tokens_seen
+        count = sum(input_tokens(counts, kind, self.data_collator) for counts in counts_of(inputs))
+        counts = torch.as_tensor(count, device=self.args.device, dtype=torch.int64)
+        self.state.num_input_tokens_seen += self.accelerator.gather(counts).sum().item()
+
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         """Behind every step. The means are those of the steps that were taken."""
         for sums in self.step_sums if not self.is_skipping else ():
@@ -155,6 +164,13 @@ def counts_of(sample: Batch) -> list[TokenCounts]:
     """Of the micro-batches that a sample of the Trainer's stands for."""
     counts = sample["token_counts"]
     return counts if isinstance(counts, list) else [counts]
+
+
+def input_tokens(counts: TokenCounts, kind: str, collator: PaddedCollator | PackedCollator) -> int:
+    """Of all rows, padding included or (non_padding) not; a packed row has none."""
+    if isinstance(collator, PackedCollator):
+        return counts.distinct
+    return counts.unpadded if kind == "non_padding" else counts.padded
 
 
 def check_token_budget(budget: int, collator: PaddedCollator | PackedCollator, rows: Dataset | None) -> None:

@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 from ..errors import ConfigError, Problem, UserError
 from ..launch.launch import STRATEGIES, start_process_group
 from ..report.objective import Objective
+from .ranges import trainer_problems
 
 PREPROCESSING_MODES = ("published", "exact")
 DTYPES = ("auto", "float32", "float16", "bfloat16")
@@ -235,6 +236,23 @@ class RunArguments:
         default=False,
         metadata={"help": "Resume what was written elsewhere, though loading it may run the code that it holds."},
     )
+    do_train: bool | None = field(default=None, metadata={"help": "Nothing but true: every run trains."})
+    do_eval: bool | None = field(
+        default=None,
+        metadata={
+            "help": "true: evaluate, at the end at least; false: never, whatever eval_strategy says; null: as that says."
+        },
+    )
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={
+            "help": "Stop after so many evaluations in a row without a better metric_for_best_model (loss, if none is named)."
+        },
+    )
+    early_stopping_threshold: float = field(
+        default=0.0, metadata={"help": "How much better an evaluation must be to count for early_stopping_patience."}
+    )
+
     save_steps: float = field(
         default=0.25, metadata={"help": "Optimizer steps between checkpoints; below 1, a share of the whole run."}
     )
@@ -283,9 +301,31 @@ class RunArguments:
             self.gradient_accumulation_steps = self.total_train_batch_size // self.rows_per_forward
         start_process_group(self.ddp_timeout, os.environ, use_cpu=self.use_cpu)
         loader_is_default = self.accelerator_config is None
+        self.settle_evaluation()
+        self.settle_model_kwargs()
         super().__post_init__()
         if loader_is_default:  # batches are copied while the GPU computes
             self.accelerator_config.non_blocking = self.dataloader_pin_memory
+
+    @classmethod
+    def metrics(cls, values: Any) -> list[str]:
+        """What an evaluation of a run with these values reports, without `eval_`: what metric_for_best_model may name."""
+        return ["loss"]
+
+    def settle_model_kwargs(self) -> None:
+        """torch_dtype, as everybody writes it: transformers takes dtype, and would not see the other beside it."""
+        kwargs = getattr(self, "model_init_kwargs", None)
+        if isinstance(kwargs, dict) and "torch_dtype" in kwargs:
+            self.model_init_kwargs = {"dtype" if key == "torch_dtype" else key: value for key, value in kwargs.items()}
+
+    def settle_evaluation(self) -> None:
+        """In front of transformers, which takes any eval_strategy for do_eval = true and knows no null."""
+        self.do_train = True
+        if self.do_eval is False:
+            self.eval_strategy = "no"
+        self.do_eval = bool(self.do_eval)
+        if self.early_stopping_patience is not None and self.metric_for_best_model is None:
+            self.metric_for_best_model = "loss"
 
     def __getstate__(self) -> dict[str, Any]:
         # The Trainer pickles its arguments into checkpoints, and pushes them.
@@ -293,7 +333,7 @@ class RunArguments:
 
     def problems(self) -> list[Problem]:
         """What is wrong with the method's own fields; each method adds its own."""
-        problems = choice_problem(self, "preprocessing", PREPROCESSING_MODES)
+        problems = [*choice_problem(self, "preprocessing", PREPROCESSING_MODES), *trainer_problems(self)]
         problems += choice_problem(self, "bad_rows", ("refuse", "drop"))
         problems += choice_problem(self, "on_save_failure", ("continue", "stop"))
         if self.strategy is not None:
@@ -317,8 +357,6 @@ class RunArguments:
                 "or launch with accelerate_configs/fsdp.yaml"
             )
             problems.append(Problem("skip_nonfinite", self.skip_nonfinite, advice))
-        if self.logging_nan_inf_filter:
-            problems.append(Problem("logging_nan_inf_filter", True, "must be false"))
         return problems
 
     @property
