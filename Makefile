@@ -1,4 +1,4 @@
-# setup · quickstart · test · style · bench
+# setup · quickstart · test · style · bench · gpu-proof
 # Every target first builds .venv where it is missing or older than the files that describe it.
 
 PYTHON ?= python3
@@ -9,7 +9,7 @@ RUN := $(VENV)/bin/python
 # One stamp for each set of extras, so that asking for another set installs it.
 STAMP := $(VENV)/installed-$(EXTRAS)
 
-.PHONY: setup quickstart test style bench
+.PHONY: setup quickstart test style bench gpu-proof
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -35,3 +35,7 @@ style: $(STAMP)
 
 bench: $(STAMP)
 	@for file in benchmarks/*.py; do echo "== $$file"; $(RUN) $$file || exit 1; done
+
+# Not in .venv, but by the interpreter that has a torch for the GPU: make gpu-proof PYTHON=python3 PROOF="--out proof"
+gpu-proof:
+	@$(PYTHON) benchmarks/gpu_proof.py $(PROOF)

@@ -44,7 +44,7 @@ from .run.resuming import (
     refuse_other_layout,
     refuse_other_recipe,
 )
-from .run.run_folder import find_launch, mark_launch, only_writer, read_status, write_status
+from .run.run_folder import find_launch, mark_launch, only_writer, read_status, run_date, today, write_status
 from .run.signals import RunInterrupted, StopSignals
 
 logger = logging.getLogger(__name__)
@@ -98,7 +98,7 @@ def run(method: Method, argv: Sequence[str] | None = None) -> DurableTrainer | N
     run_ = Run(model_args, data_args, training_args, full_recipe(recipe, parser.dataclass_types))
     check(run_)
     if training_args.prepare_only:
-        tokenized_splits(method.data, ready_tokenizer(run_), run_)
+        tokenized_splits(method.data, ready_tokenizer(run_), run_._replace(date=today()))
         logger.info("The data is prepared, in %s; nothing was trained (prepare_only).", datasets.config.HF_DATASETS_CACHE)
         return None
     stop = StopSignals()
@@ -120,6 +120,8 @@ def carry_out(method: Method, run_: Run, stop: StopSignals) -> DurableTrainer | 
     """The run, from its checkpoint or from the start, to its end; None if it has been there before."""
     args = run_.training_args
     has_ended, checkpoint = where_to_begin(run_)
+    begun = run_.output_dir if has_ended else checkpoint and checkpoint.path.parent
+    run_ = run_._replace(date=decided_by_main(lambda: run_date(run_.output_dir, begun)))
     set_seed(args.seed)
     tokenizer = ready_tokenizer(run_)
     splits = tokenized_splits(method.data, tokenizer, run_)
@@ -254,7 +256,7 @@ def set_up_logging(args: TrainingArguments) -> None:
 
 def check(run_: Run) -> None:
     """Raises UserError for what the recipe alone shows to be impossible here."""
-    model_args, data_args, args, _ = run_
+    model_args, data_args, args, *_ = run_
     for key, value in (("model_name_or_path", model_args.model_name_or_path), ("dataset_mixer", data_args.dataset_mixer)):
         if not value:
             raise UserError(f"the recipe names no {key}")
@@ -293,6 +295,7 @@ def build_trainer(method: Method, run_: Run, tokenizer: PreTrainedTokenizerBase,
     )
     settle_adapter(trainer, run_.model_args)
     trainer.dataset_names = list(run_.data_args.dataset_mixer)
+    trainer.template_settings = run_.data_args.chat_template_kwargs
     take_strategy(trainer)
     return trainer
 

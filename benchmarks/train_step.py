@@ -2,9 +2,10 @@
 
     python benchmarks/train_step.py [--data PAIRS.jsonl --tokenizer FOLDER --vocab N] [--layers N ...] [--device cuda]
 
-A step is the forward and backward of one micro-batch, collation included. All contenders share one set of random weights,
-get the same pairs, must report the same loss, and take turns; what is printed are medians over repeats, with the smallest
-and the largest. Seconds are those of all cores together on a CPU, and the device's on a GPU.
+A step is the forward and backward of all pairs, in micro-batches, collation included. All contenders share one set of random
+weights, get the same pairs, must report the same loss, and take turns; what is printed are medians over repeats, with the
+smallest and the largest. Seconds are those of all cores together on a CPU, and the device's on a GPU. A contender may be
+given micro-batches of its own: `published@8` has 8 pairs in each, `packed@16384t` 16,384 tokens.
 """
 
 import argparse
@@ -39,7 +40,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from trl.trainer.utils import get_peak_flops
 
 from alignment.data.tokenization import LengthRules, tokenize_pairs
-from alignment.preference.collate import PackedCollator, PaddedCollator, Row
+from alignment.model.layers import recompute_first
+from alignment.preference.collate import PackedCollator, PaddedCollator, Row, divided, on_device, token_counts
 from alignment.preference.throughput import dense_flops
 from alignment.run.guards import peak_memory_gb
 from benchmarks.tokenization import load_tokenizer, machine, ratio, rendered_pairs
@@ -49,6 +51,7 @@ from tests import builders, reference
 
 BETA, GAMMA_BETA_RATIO = 2.5, 0.55
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}  # relative, of the mean loss; bf16 logits have 8 bits
+WIDTHS = (20, 30, 20, 14, 24, 24, 12, 8)
 Loss = Callable[[list[Row]], Tensor]  # a micro-batch -> its mean loss, with its graph
 
 
@@ -59,6 +62,8 @@ class Setup(NamedTuple):
     tokenizer: PreTrainedTokenizerBase
     device: torch.device
     folder: str
+    recompute_layers: int | None  # of this suite's contenders, like what follows
+    fused_layers: bool
 
     @property
     def trainer_settings(self) -> dict[str, Any]:
@@ -127,12 +132,15 @@ def ours(setup: Setup, layout: str) -> Loss:
         gamma_beta_ratio=GAMMA_BETA_RATIO,
         max_length=1024,
         max_prompt_length=512,
+        use_liger_kernel=setup.fused_layers,
         **setup.trainer_settings,
     )
     trainer = SimPOTrainer(setup.model, args, processing_class=setup.tokenizer)
+    if setup.recompute_layers is not None:
+        recompute_first(setup.model, setup.recompute_layers)
 
     def loss(rows: list[Row]) -> Tensor:
-        return trainer.compute_loss(trainer.model, send_to_device(trainer.data_collator(rows), setup.device))
+        return trainer.compute_loss(trainer.model, on_device(trainer.data_collator(rows), setup.device))
 
     return loss
 
@@ -144,6 +152,34 @@ CONTENDERS: dict[str, Callable[[Setup], Loss]] = {
     "padded": lambda setup: ours(setup, "padded"),
     "packed": lambda setup: ours(setup, "packed"),
 }
+
+
+class Contender(NamedTuple):
+    """One of CONTENDERS at work, in micro-batches of its own."""
+
+    name: str
+    loss: Loss
+    micro_batches: list[list[Row]]
+    rotary: Callable[..., Any] | None  # Liger puts its own rotation into the model's file, where all contenders would find it
+
+
+def enter(
+    name: str, model: PreTrainedModel, rows: list[Row], tokenizer: PreTrainedTokenizerBase, folder: str, args
+) -> Contender:
+    kind, _, size = name.partition("@")
+    own = twin(model, checkpointing=args.gradient_checkpointing)
+    file = sys.modules[type(model).__module__]
+    before = getattr(file, "apply_rotary_pos_emb", None)
+    setup = Setup(own, tokenizer, torch.device(args.device), folder, args.recompute_layers, args.fused_layers)
+    loss = CONTENDERS[kind](setup)
+    rotary = getattr(file, "apply_rotary_pos_emb", None)
+    if before is not None:
+        file.apply_rotary_pos_emb = before
+    if size.endswith("t"):
+        collator = PaddedCollator(0) if kind == "padded" else PackedCollator()
+        return Contender(name, loss, divided(rows, collator, int(size[:-1])), rotary)
+    pairs = int(size or args.pairs_per_micro_batch)
+    return Contender(name, loss, [rows[i : i + pairs] for i in range(0, len(rows), pairs)], rotary)
 
 
 # ---- Model and pairs ----
@@ -227,34 +263,51 @@ def timed(device: torch.device, work: Callable[[], Any]) -> tuple[float, Any]:
     return start.elapsed_time(end) / 1000, result
 
 
-def train(model: PreTrainedModel, loss: Loss, micro_batches: list[list[Row]]) -> list[Tensor]:
-    """Forward and backward of every micro-batch; their losses."""
+def train(model: PreTrainedModel, contender: Contender, micro_batches: list[list[Row]] | None = None) -> Tensor:
+    """Forward and backward of every micro-batch; the mean loss of their pairs."""
+    micro_batches = contender.micro_batches if micro_batches is None else micro_batches
+    if contender.rotary is not None:
+        sys.modules[type(model).__module__].apply_rotary_pos_emb = contender.rotary
     model.zero_grad()
-    losses = []
+    total, pairs = torch.zeros((), device=model.device), sum(map(len, micro_batches))
     for rows in micro_batches:
-        micro_batch_loss = loss(rows)
-        micro_batch_loss.backward()
-        losses.append(micro_batch_loss.detach())
-    return losses
+        loss = contender.loss(rows) * (len(rows) / pairs)
+        loss.backward()
+        total += loss.detach()
+    return total
 
 
 def take_turns(
-    model: PreTrainedModel, losses: dict[str, Loss], micro_batches: list[list[Row]], args: argparse.Namespace
-) -> dict[str, list[float]]:
-    """Seconds of every repeat, by contender. Raises AssertionError if a contender's mean loss is not the first one's."""
+    model: PreTrainedModel, contenders: list[Contender], args: argparse.Namespace
+) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Seconds of every repeat, by contender, and on a GPU the memory that each had at its peak, in GB.
+
+    Raises AssertionError if a contender's mean loss is not the first one's.
+    """
     device = torch.device(args.device)
-    seconds: dict[str, list[float]] = {name: [] for name in losses}
-    for loss in losses.values():
-        train(model, loss, micro_batches[:1])  # warms up
-    for _ in range(args.repeats):
+    seconds: dict[str, list[float]] = {contender.name: [] for contender in contenders}
+    peaks: dict[str, float] = {}
+    for contender in contenders:
+        warm_up = {len(contender.micro_batches) - 1: contender.micro_batches[-1], 0: largest_micro_batch(contender)}
+        train(model, contender, list(warm_up.values()))
+    for repeat in range(args.repeats):
         means = []
-        for name, loss in losses.items():
-            passed, values = timed(device, partial(train, model, loss, micro_batches))
-            seconds[name].append(passed)
-            means.append(torch.stack(values).mean().item())
+        for contender in contenders:
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+            passed, mean = timed(device, partial(train, model, contender))
+            seconds[contender.name].append(passed)
+            means.append(mean.item())
+            if device.type == "cuda":
+                peaks[contender.name] = peak_memory_gb(device)
         equal = all(math.isclose(mean, means[0], rel_tol=TOLERANCE[args.dtype]) for mean in means)
-        assert equal, f"losses differ: {dict(zip(losses, means, strict=True))}"
-    return seconds
+        assert equal, f"losses differ in repeat {repeat}: {dict(zip(seconds, means, strict=True))}"
+    return seconds, peaks
+
+
+def largest_micro_batch(contender: Contender) -> list[Row]:
+    return max(contender.micro_batches, key=distinct_tokens if contender.name.startswith("packed") else padded_tokens)
 
 
 def own_process_gb(name: str) -> float:
@@ -302,87 +355,86 @@ def main() -> None:
     rows = load_rows(args, tokenizer)
     if (largest := max(max(row["chosen_input_ids"] + row["rejected_input_ids"]) for row in rows)) >= args.vocab:
         sys.exit(f"--vocab {args.vocab}: the pairs have a token {largest}; --vocab {len(tokenizer)} holds the tokenizer's")
-    micro_batches = [rows[i : i + args.pairs_per_micro_batch] for i in range(0, len(rows), args.pairs_per_micro_batch)]
     names = [args.only] if args.only else args.contenders
     # Before this process grows: a child's peak begins with its parent's.
-    peaks = {} if args.only else {name: own_process_gb(name) for name in names}
+    peaks = {} if args.only or args.device == "cuda" else {name: own_process_gb(name) for name in names}
 
-    model, device = build_model(args), torch.device(args.device)
+    model = build_model(args)
     with tempfile.TemporaryDirectory() as folder:
-        losses = {}
-        for name in names:
-            own = twin(model, checkpointing=args.gradient_checkpointing)
-            losses[name] = CONTENDERS[name](Setup(own, tokenizer, device, folder))
+        contenders = [enter(name, model, rows, tokenizer, folder, args) for name in names]
         if args.only:
-            train(
-                model, losses[args.only], [max(micro_batches, key=distinct_tokens if args.only == "packed" else padded_tokens)]
-            )
-            print(json.dumps(peak_memory_gb(device)))
+            train(model, contenders[0], [largest_micro_batch(contenders[0])])
+            print(json.dumps(peak_memory_gb(model.device)))
             return
-        seconds = take_turns(model, losses, micro_batches, args)
-    report(args, model, micro_batches, seconds, peaks)
+        seconds, measured = take_turns(model, contenders, args)
+    report(args, model, rows, seconds, peaks | measured)
 
 
 def report(
-    args: argparse.Namespace,
-    model: PreTrainedModel,
-    micro_batches: list[list[Row]],
-    seconds: dict[str, list[float]],
-    peaks: dict[str, float],
+    args: argparse.Namespace, model: PreTrainedModel, rows: list[Row], seconds: dict[str, list[float]], peaks: dict[str, float]
 ) -> None:
-    counts = [PackedCollator()(rows)["token_counts"] for rows in micro_batches]
+    pairs = args.pairs_per_micro_batch
+    counts = [token_counts(rows[i : i + pairs]) for i in range(0, len(rows), pairs)]
     distinct, padded, scored = (sum(getattr(count, name) for count in counts) for name in ("distinct", "padded", "scored"))
-    pairs, device = sum(map(len, micro_batches)), torch.device(args.device)
+    device = torch.device(args.device)
     unit = "CPU s" if device.type == "cpu" else "GPU s"
     print(
         f"{args.model_type}, {model.num_parameters() / 1e6:,.0f}M parameters, vocabulary {args.vocab:,}, {args.dtype}, "
-        f"attention {args.attn}, gradient checkpointing {'on' if args.gradient_checkpointing else 'off'}; "
-        f"{args.repeats} repeats of {args.micro_batches} x {args.pairs_per_micro_batch} pairs"
+        f"attention {args.attn}, gradient checkpointing {'on' if args.gradient_checkpointing else 'off'}, layers recomputed by "
+        f"this suite: {'all' if args.recompute_layers is None else args.recompute_layers}; {args.repeats} repeats of "
+        f"{len(rows)} pairs, {pairs} a micro-batch where a name says nothing else"
     )
-    prompt, response = mean_lengths(micro_batches)
+    prompt, response = mean_lengths(rows)
     print(
-        f"tokens padded : distinct = {padded:,} : {distinct:,} = {padded / distinct:.2f}; on average {prompt:.0f} of a prompt "
-        f"and {response:.0f} of a response; equal losses"
+        f"tokens padded : distinct = {padded:,} : {distinct:,} = {padded / distinct:.2f} in micro-batches of {pairs}; on "
+        f"average {prompt:.0f} of a prompt and {response:.0f} of a response; equal losses"
     )
-    print(f"{'':10}{unit + ' per pair':>24}{'distinct tokens/s':>20}{'peak memory':>14}{'published / it':>22}{'trl / it':>22}")
-    for name, own in seconds.items():
-        low, middle, high = (value / pairs for value in (min(own), statistics.median(own), max(own)))
-        ratios = (ratio(seconds[other], own) if other in seconds else "" for other in ("published", "trl"))
-        print(
-            f"{name:10}{f'{middle:.3f} ({low:.3f} to {high:.3f})':>24}{distinct / statistics.median(own):20,.0f}"
-            f"{peaks[name]:11.2f} GB" + "".join(f"{text:>22}" for text in ratios)
-        )
-    if "packed" in seconds:
-        report_packed(model, micro_batches, statistics.median(seconds["packed"]), distinct, scored)
-    print(f"{machine()}, {torch.get_num_threads()} threads, {versions()}")
-
-
-def mean_lengths(micro_batches: list[list[Row]]) -> tuple[float, float]:
-    """Mean tokens of a prompt and of a response."""
-    rows = [row for rows in micro_batches for row in rows]
-    prompt = statistics.mean(row["chosen_prompt_length"] for row in rows)
-    return prompt, statistics.mean(row[f"{side}_length"] for row in rows for side in ("chosen", "rejected"))
-
-
-def report_packed(model: PreTrainedModel, micro_batches: list[list[Row]], seconds: float, distinct: int, scored: int) -> None:
-    """How far `seconds` for the forward and backward of all micro-batches is from what their tokens must cost."""
-    share = collator_seconds(micro_batches) / seconds
-    print(f"packed collator and layout: {share:.2%} of a step{'' if share < 0.02 else ', more than the 2 % it may take'}")
     body, head = dense_flops(model, trainable_share=1.0)
     flops, rate = body * distinct + head * scored, matmul_rate(model.device, model.dtype)
     print(
-        f"floor: {flops / rate / sum(map(len, micro_batches)):.3f} s per pair, the FLOPs of the distinct tokens at the "
-        f"{rate:.3g} FLOP/s of a matrix product here, nothing computed twice; packed takes {seconds * rate / flops:.2f} of it"
+        f"floor: {flops / rate / len(rows):.5f} s per pair, the FLOPs of the distinct tokens at the {rate:.3g} FLOP/s of a "
+        "matrix product here, nothing computed twice"
     )
-    name = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else ""
-    if (peak := get_peak_flops(name, str(model.dtype).removeprefix("torch."))) is not None:
-        print(f"MFU of packed, on distinct tokens: {flops / seconds / peak:.3f}")
+    name = torch.cuda.get_device_name(model.device) if device.type == "cuda" else ""
+    peak_flops = get_peak_flops(name, str(model.dtype).removeprefix("torch."))
+    columns = ("", f"{unit} per pair", "distinct tokens/s", "peak memory", "published / it", "trl / it", "it / floor", "MFU")
+    print("".join(f"{title:>{width}}" for title, width in zip(columns, WIDTHS, strict=True)))
+    for contender, own in seconds.items():
+        low, middle, high = (value / len(rows) for value in (min(own), statistics.median(own), max(own)))
+        peers = (next((other for other in seconds if other.partition("@")[0] == peer), None) for peer in ("published", "trl"))
+        cells = (
+            contender,
+            f"{middle:.4f} ({low:.4f} to {high:.4f})",
+            f"{distinct / statistics.median(own):,.0f}",
+            f"{peaks[contender]:.2f} GB",
+            *(ratio(seconds[peer], own) if peer else "" for peer in peers),
+            f"{middle * len(rows) * rate / flops:.2f}",
+            "" if peak_flops is None else f"{flops / middle / len(rows) / peak_flops:.3f}",
+        )
+        print("".join(f"{cell:>{width}}" for cell, width in zip(cells, WIDTHS, strict=True)))
+    if (packed := next((own for contender, own in seconds.items() if contender.startswith("packed")), None)) is not None:
+        share = collator_seconds([rows[i : i + pairs] for i in range(0, len(rows), pairs)]) / statistics.median(packed)
+        print(f"packed collator and layout: {share:.2%} of a step{'' if share < 0.02 else ', more than the 2 % it may take'}")
+    print(f"{machine()}, {torch.get_num_threads()} threads, {versions()}")
+
+
+def mean_lengths(rows: list[Row]) -> tuple[float, float]:
+    """Mean tokens of a prompt and of a response."""
+    prompt = statistics.mean(row["chosen_prompt_length"] for row in rows)
+    return prompt, statistics.mean(row[f"{side}_length"] for row in rows for side in ("chosen", "rejected"))
 
 
 def versions() -> str:
     packages = [name for name in ("torch", "trl", "liger_kernel") if importlib.util.find_spec(name)]
     gpu = [torch.cuda.get_device_name()] if torch.cuda.is_available() else []
     return ", ".join([*gpu, *(f"{name} {importlib.metadata.version(name)}" for name in packages)])
+
+
+def contender_name(text: str) -> str:
+    kind, at, size = text.partition("@")
+    if kind not in CONTENDERS or bool(at) != size.removesuffix("t").isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r}: one of {', '.join(CONTENDERS)}, perhaps with @PAIRS or @TOKENSt behind it")
+    return text
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -408,8 +460,10 @@ def parse_arguments() -> argparse.Namespace:
     run.add_argument("--pairs-per-micro-batch", type=int, default=2)
     run.add_argument("--micro-batches", type=int, default=2)
     run.add_argument("--repeats", type=int, default=3)
-    run.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
-    run.add_argument("--only", choices=CONTENDERS, help=argparse.SUPPRESS)
+    run.add_argument("--contenders", nargs="+", type=contender_name, default=list(CONTENDERS), help=", ".join(CONTENDERS))
+    run.add_argument("--recompute-layers", type=int, help="of this suite's contenders; default: all")
+    run.add_argument("--fused-layers", action="store_true", help="Liger's kernels in the layers of this suite's contenders")
+    run.add_argument("--only", type=contender_name, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if "liger" in args.contenders and importlib.util.find_spec("liger_kernel") is None:
         args.contenders.remove("liger")

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 from accelerate import PartialState
@@ -17,8 +18,8 @@ from ..errors import UserError
 from ..launch.turns import one_process_at_a_time
 from ..model.loading import load_tokenizer
 from ..recipe.configs import Run
-from . import chat, prepare
-from .mixing import get_datasets
+from . import chat, prepare, template
+from .mixing import count_reasons, flaws_of, get_datasets, listing
 from .sources import TEST
 from .tokenization import SIDES
 
@@ -40,12 +41,13 @@ class DataKind:
 def ready_tokenizer(run_: Run) -> PreTrainedTokenizerBase:
     """The tokenizer with the chat template that is trained on, and that is saved with the model."""
     tokenizer = load_tokenizer(run_.model_args, run_.data_args)
-    tokenizer.chat_template, source = chat.find_chat_template(
+    found, source = template.find_chat_template(
         tokenizer,
         run_.model_args.model_name_or_path,
         recipe_template=run_.data_args.chat_template,
         preprocessing=run_.training_args.preprocessing,
     )
+    tokenizer.chat_template = template.with_settings(found, run_.data_args.chat_template_kwargs, tokenizer)
     logger.info("Chat template: %s.", source)
     return tokenizer
 
@@ -79,7 +81,7 @@ def tokenized_splits(kind: DataKind, tokenizer: PreTrainedTokenizerBase, run_: R
             for name, rows in conversations.items():
                 splits[name], notes = kind.tokenize(name, rows, tokenizer, run_)
                 logger.info("%s: %s; %s", name, reports[name], notes[0])
-                for note in notes[1:]:
+                for note in [*notes[1:], *reports[name].places]:
                     logger.info("%s: %s", name, note)
     except (OSError, pa.ArrowException, UserError) as error:
         if message := prepare.damage(error):
@@ -100,14 +102,10 @@ def stop_tokenizer_threads() -> None:
 def tokenize_pair_rows(name: str, rows: Dataset, tokenizer: PreTrainedTokenizerBase, run_: Run) -> tuple[Dataset, list[str]]:
     args = run_.training_args
     if args.preprocessing == "published":
-        chat.check_published_template(tokenizer)
-    texts = prepare.to_pair_texts(
-        rows,
-        tokenizer,
-        preprocessing=args.preprocessing,
-        add_system=run_.data_args.auto_insert_empty_system_msg,
-        num_proc=run_.workers,
-    )
+        chat.check_published_template(tokenizer, date=run_.date)
+    texts = prepare.to_pair_texts(rows, tokenizer, **text_settings(run_))
+    usable, found = usable_rows(name, texts, tokenizer, run_)
+    texts, rows = (each if len(usable) == len(each) else each.select(usable) for each in (texts, rows))
     if name == "train":
         log_samples(texts)
     tokens = prepare.to_tokens(texts, tokenizer, args.length_rules, num_proc=run_.workers)
@@ -116,21 +114,51 @@ def tokenize_pair_rows(name: str, rows: Dataset, tokenizer: PreTrainedTokenizerB
     notes = [prepare.describe_tokens(tokens, dropped=len(texts) - len(tokens), rules=args.length_rules)]
     if args.preprocessing == "published":
         notes.append(prepare.describe_published(texts, tokens, tokenizer))
-    return tokens, notes
+    return tokens, notes + found
 
 
 def tokenize_conversation_rows(
     name: str, rows: Dataset, tokenizer: PreTrainedTokenizerBase, run_: Run
 ) -> tuple[Dataset, list[str]]:
-    texts = prepare.to_message_texts(
-        rows,
-        tokenizer,
-        preprocessing=run_.training_args.preprocessing,
-        add_system=run_.data_args.auto_insert_empty_system_msg,
-        num_proc=run_.workers,
-    )
+    texts = prepare.to_message_texts(rows, tokenizer, **text_settings(run_))
+    usable, found = usable_rows(name, texts, tokenizer, run_)
+    texts = texts if len(usable) == len(texts) else texts.select(usable)
     tokens = prepare.to_sequences(texts, tokenizer, num_proc=run_.workers)
-    return tokens, [f"tokens (median / 95 % / max): {prepare.spread(prepare.sequence_lengths(tokens))}"]
+    return tokens, [f"tokens (median / 95 % / max): {prepare.spread(prepare.sequence_lengths(tokens))}", *found]
+
+
+def text_settings(run_: Run) -> dict[str, Any]:
+    return {
+        "preprocessing": run_.training_args.preprocessing,
+        "add_system": run_.data_args.auto_insert_empty_system_msg,
+        "num_proc": run_.workers,
+        "date": run_.date,
+    }
+
+
+def usable_rows(name: str, texts: Dataset, tokenizer: PreTrainedTokenizerBase, run_: Run) -> tuple[list[int], list[str]]:
+    """Numbers of the rows that the template renders as it should, and a line for each thing found in some, and where first.
+
+    Raises UserError for a template that fails in all rows, and in `exact` for rows in which it fails, unless they are dropped.
+    """
+    args, flaws = run_.training_args, flaws_of(texts)
+    faults = [flaw for flaw in flaws if flaw.reason not in chat.REMARKS]
+    bad = {flaw.index for flaw in faults}
+    exact = args.preprocessing == "exact"
+    if len(bad) == len(texts) and (exact or all(flaw.reason in chat.MISUSED for flaw in faults)):
+        first = faults[0].message
+        advice = template.other_template() if exact else chat.way_out(tokenizer, run_.date)
+        told = "" if "Set chat_template" in first else f". {advice}"
+        raise UserError(f"the chat template fails in every row of {name}, first in {first}{told}")
+    if faults and exact and args.bad_rows == "refuse":
+        raise UserError(f"{listing(faults)}; bad_rows: drop leaves them out")
+    what = "dropped" if exact else "tolerated"
+    first = {flaw.reason: flaw.message for flaw in reversed(flaws)}
+    notes = [
+        f"{reason}: {count:,} rows{'' if reason in chat.REMARKS else f' {what}'}, first {first[reason]}"
+        for reason, count in count_reasons({(flaw.index, flaw.reason): flaw for flaw in flaws}.values()).items()
+    ]
+    return [number for number in range(len(texts)) if not exact or number not in bad], notes
 
 
 def with_hashes(tokens: Dataset, rows: Dataset) -> Dataset:
@@ -142,7 +170,7 @@ def with_hashes(tokens: Dataset, rows: Dataset) -> Dataset:
     return tokens
 
 
-def turns_hash(turns: chat.Turns) -> str:
+def turns_hash(turns: template.Turns) -> str:
     """Of roles and contents as the data set has them, before any template or truncation."""
     plain = json.dumps([[turn["role"], turn["content"]] for turn in turns], ensure_ascii=False, separators=(",", ":"))
     return hashlib.sha256(plain.encode()).hexdigest()

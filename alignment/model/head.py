@@ -2,24 +2,28 @@
 
 `add_lm_head(model)` gives a causal language model a second way of being called: with `shift_labels` and
 `fused_lm_head=True` its forward returns per-token log-probabilities and projects only positions that are scored, a
-chunk at a time. On CUDA that is TRL's Triton kernel. On a CPU TRL's head scores every position, in tiles larger than
-the batch, so the tiles there are ours, behind the same arguments.
+chunk at a time. On CUDA by TRL's Triton kernel; on a CPU, where TRL's tiles are larger than the batch, by tiles of ours.
+
+The head module is called once a micro-batch, with that computation in the place of its forward: FSDP and ZeRO gather a
+module's parameters and reduce their gradients around its call, which all processes must make equally often.
 """
 
 import functools
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.utils import ModelOutput
-from trl.trainer.utils import add_fused_lm_head
+from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
 # A tile of 1,024 x 2,048 float32 logits is 8 MB and stays in a processor's cache, where what follows the matrix product
 # is nearly free: a fifth less time than whole rows of 128,256 logits, a ninth less for 32,000.
@@ -27,7 +31,8 @@ TILE_TOKENS, TILE_VOCABULARY = 1024, 2048
 # Of the forward's tiles, for its backward, which computes the others again: an eighth of the head's time for 1,200 tokens
 # of 32,000 words. They are gone before the step's peak, which comes when the last gradients do.
 KEPT_BYTES = 128 * 2**20
-OUTPUTS = ("log_probs", "mean_logits")
+ADAPTED_TOKENS = 256  # a chunk of a head with an adapter on it
+CUDA_VOCABULARY = 32768  # of TRL's tiles, 4,096 tokens high: its own choice
 
 
 @dataclass
@@ -39,25 +44,36 @@ class HeadOutput(ModelOutput):
     aux_loss: Tensor | None = None  # load balancing, for a mixture of experts with output_router_logits
 
 
-def add_lm_head(model: PreTrainedModel, device_type: str) -> None:
-    """Give `model` the scoring forward. Before PEFT wraps it; `generate` and the plain forward stay as they are.
-
-    device_type: "cuda" or "cpu", where the model will be trained.
-    """
-    add_chunked_lm_head(model)
-    # TRL's head takes the packed batch's 4D mask for a padding mask when it balances a router's load.
+def add_lm_head(model: PreTrainedModel) -> None:
+    """Give `model` the scoring forward. Before PEFT wraps it; `generate` and the plain forward stay as they are."""
+    plain_forward = model.forward
+    softcap, scale = logit_transform(model)
     routed = getattr(model.config.get_text_config(), "output_router_logits", False)
-    if device_type != "cuda" or routed or backbone(model) is not model.base_model:
-        return
-    chunked_forward = model.forward
-    add_fused_lm_head(model, outputs=OUTPUTS)
-    fused_forward = model.forward
 
-    @functools.wraps(type(model).forward)
-    def forward(self: PreTrainedModel, *args, **kwargs):
-        # Of a head with an adapter on it, TRL's would read the frozen weight alone.
-        is_plain = isinstance(self.get_output_embeddings(), nn.Linear | ModulesToSaveWrapper)
-        return (fused_forward if is_plain else chunked_forward)(*args, **kwargs)
+    @functools.wraps(type(model).forward)  # `generate` reads the signature
+    def forward(
+        self: PreTrainedModel,
+        *args,
+        fused_lm_head: bool = False,
+        shift_labels: Tensor | None = None,
+        scored: Tensor | None = None,
+        **kwargs,
+    ):
+        if not fused_lm_head:
+            labels = {} if shift_labels is None else {"shift_labels": shift_labels}
+            return plain_forward(*args, **labels, **kwargs)
+        outputs = backbone(self)(*args, **kwargs, **({"output_router_logits": True} if routed else {}))
+        labels = shift_labels.flatten()
+        if scored is None:  # (N,) where the flat labels are not -100; to look for them waits for the device
+            scored = (labels != -100).nonzero().squeeze(-1)
+        hidden = outputs.last_hidden_state.flatten(0, 1).index_select(0, scored)  # (N, H)
+        score = functools.partial(head_logps, labels=labels.index_select(0, scored), softcap=softcap, scale=scale)
+        logps, mean_logits = called_once(self.get_output_embeddings(), hidden, score)
+        return HeadOutput(
+            log_probs=spread(logps, scored, shift_labels.shape),
+            mean_logits=spread(mean_logits, scored, shift_labels.shape),
+            aux_loss=router_loss(outputs.router_logits, self, kwargs.get("attention_mask")) if routed else None,
+        )
 
     model.forward = types.MethodType(forward, model)
 
@@ -67,33 +83,36 @@ def backbone(model: PreTrainedModel) -> nn.Module:
     return model.model if model.base_model is model else model.base_model
 
 
-def add_chunked_lm_head(model: PreTrainedModel) -> None:
-    plain_forward = model.forward
-    softcap, scale = logit_transform(model)
-    routed = getattr(model.config.get_text_config(), "output_router_logits", False)
+def spread(values: Tensor, places: Tensor, shape: torch.Size) -> Tensor:
+    """values (N,) at `places` of zeros of that shape."""
+    return values.new_zeros(shape.numel()).index_copy(0, places, values).view(shape)
 
-    @functools.wraps(type(model).forward)  # `generate` reads the signature
-    def forward(self: PreTrainedModel, *args, fused_lm_head: bool = False, shift_labels: Tensor | None = None, **kwargs):
-        if not fused_lm_head:
-            labels = {} if shift_labels is None else {"shift_labels": shift_labels}
-            return plain_forward(*args, **labels, **kwargs)
-        outputs = backbone(self)(*args, **kwargs, **({"output_router_logits": True} if routed else {}))
-        scored = shift_labels != -100  # (R, T)
-        logps, mean_logits = chunked_logps(
-            self.get_output_embeddings(),
-            outputs.last_hidden_state[scored],  # (N, H)
-            shift_labels[scored],
-            softcap=softcap,
-            scale=scale,
-        )
-        spread = functools.partial(logps.new_zeros(scored.shape).masked_scatter, scored)
-        return HeadOutput(
-            log_probs=spread(logps),
-            mean_logits=spread(mean_logits),
-            aux_loss=router_loss(outputs.router_logits, self, kwargs.get("attention_mask")) if routed else None,
-        )
 
-    model.forward = types.MethodType(forward, model)
+def called_once(head: nn.Module, hidden: Tensor, score: Callable[..., tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """`score(multiplied, plain forward, hidden)` inside one call of `head`, with all that hangs on the call of a module."""
+    leaf = multiplied(head)
+    with standing_in(leaf, functools.partial(score, leaf, leaf.forward)):
+        return head(hidden)
+
+
+def multiplied(head: nn.Module) -> nn.Module:
+    """The module whose parameters the head multiplies with, below what PEFT and FSDP 1 put around it."""
+    if isinstance(head, ModulesToSaveWrapper):
+        head = head.modules_to_save[head.active_adapters[0]]
+    return getattr(head, "_fsdp_wrapped_module", head)
+
+
+@contextmanager
+def standing_in(module: nn.Module, forward: Callable[..., tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """`forward` in the place of the module's own."""
+    before = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if before is not None:
+            module.forward = before
 
 
 def router_loss(router_logits: tuple[Tensor, ...], model: PreTrainedModel, attention_mask: Tensor | None) -> Tensor:
@@ -115,34 +134,67 @@ def logit_transform(model: PreTrainedModel) -> tuple[float | None, float]:
     return softcap, 1.0 if multiplier is None else multiplier
 
 
-def chunked_logps(
-    head: nn.Module, hidden: Tensor, labels: Tensor, *, softcap: float | None, scale: float, chunk: int = TILE_TOKENS
+def head_logps(
+    head: nn.Module,
+    plain_forward: Callable[[Tensor], Tensor],
+    hidden: Tensor,
+    *,
+    labels: Tensor,
+    softcap: float | None,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability of each label, and the mean logit beside it.
+    """Log-probability of each label, and the mean logit beside it, by the kernel that fits head and device.
 
     hidden: (N, H); labels: (N,) token ids. Returns (N,) nats with gradient and (N,) without; float32, or float64 for a
-    float64 model. Holds the logits of one tile, or behind an adapter of one chunk of tokens, forward and backward; between
-    the two it keeps up to KEPT_BYTES of tiles.
+    float64 model.
     """
-    if type(head) is nn.Linear:
-        weight, bias = head.weight, head.bias
-        if torch.is_autocast_enabled(hidden.device.type):
-            dtype = torch.get_autocast_dtype(hidden.device.type)
-            hidden, weight = hidden.to(dtype), weight.to(dtype)
-            bias = None if bias is None else bias.to(dtype)
-        keep = KEPT_BYTES if torch.is_grad_enabled() and softcap is None else 0  # soft-capping needs the logits themselves
-        return LinearLogps.apply(hidden, weight, bias, labels, softcap, scale, chunk, keep)
-    # A head with an adapter on it: its own forward, recomputed chunk by chunk.
-    chunk = min(chunk, 256)
+    if not is_matrix(head):
+        return adapted_logps(plain_forward, hidden, labels, softcap=softcap, scale=scale)
+    if has_fused_kernel(hidden.device):
+        logps, _, _, mean_logits, _ = ChunkedLogProbFunction.apply(
+            hidden, head.weight, head.bias, labels, 1.0, CUDA_VOCABULARY, softcap, scale, ("mean_logits",)
+        )
+        return logps, mean_logits
+    return tiled_logps(head, hidden, labels, softcap=softcap, scale=scale)
+
+
+def has_fused_kernel(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+def is_matrix(head: nn.Module) -> bool:
+    """Whether all that the head does is a product with its weight: no adapter on it, no quantised weight."""
+    return type(head).forward is nn.Linear.forward and not isinstance(head, BaseTunerLayer)
+
+
+def adapted_logps(
+    forward: Callable[[Tensor], Tensor], hidden: Tensor, labels: Tensor, *, softcap: float | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """By the head's own forward, recomputed chunk by chunk; holds the logits of one chunk."""
     pieces = [
-        checkpoint(score_chunk, head, piece, piece_labels, softcap, scale, use_reentrant=False)
-        for piece, piece_labels in zip(hidden.split(chunk), labels.split(chunk), strict=True)
+        checkpoint(score_chunk, forward, piece, piece_labels, softcap, scale, use_reentrant=False)
+        for piece, piece_labels in zip(hidden.split(ADAPTED_TOKENS), labels.split(ADAPTED_TOKENS), strict=True)
     ]
     return tuple(torch.cat(column) for column in zip(*pieces, strict=True))
 
 
-def score_chunk(head: nn.Module, hidden: Tensor, labels: Tensor, softcap: float | None, scale: float) -> tuple[Tensor, Tensor]:
-    logits = transform_logits(head(hidden), softcap, scale)  # (chunk, V)
+def tiled_logps(
+    head: nn.Linear, hidden: Tensor, labels: Tensor, *, softcap: float | None, scale: float, chunk: int = TILE_TOKENS
+) -> tuple[Tensor, Tensor]:
+    """By tiles of tokens and vocabulary. Holds one tile of logits, and between forward and backward up to KEPT_BYTES."""
+    weight, bias = head.weight, head.bias
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    keep = KEPT_BYTES if torch.is_grad_enabled() and softcap is None else 0  # soft-capping needs the logits themselves
+    return LinearLogps.apply(hidden, weight, bias, labels, softcap, scale, chunk, keep)
+
+
+def score_chunk(
+    forward: Callable[[Tensor], Tensor], hidden: Tensor, labels: Tensor, softcap: float | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    logits = transform_logits(forward(hidden), softcap, scale)  # (chunk, V)
     logps = logits.gather(-1, labels[:, None]).squeeze(-1) - logits.logsumexp(-1)
     return logps, logits.detach().mean(-1)
 

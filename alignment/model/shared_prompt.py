@@ -6,10 +6,10 @@ causal varlen kernels align them. Registered with transformers' attention interf
 layout travels as a keyword of the model's forward.
 """
 
+import inspect
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -30,7 +30,12 @@ from ..errors import UserError
 
 NAME = "shared_prompt_"  # in front of the attention implementation that a model had
 BLOCK = 128  # of flex_attention
-QUERY_BLOCK = 128  # on a CPU, where a mask does not save the work that it hides: a fifth less time than whole segments
+FLEX_HEAD = 16  # the smallest head that it computes
+# On a CPU, where a mask does not save the work that it hides: a fifth less time than whole segments. On a GPU the launches of
+# so many small products cost more than they save: 2,183 a layer and micro-batch against 551.
+QUERY_BLOCK = 128
+# torch 2.11 has no such argument; its kernel takes fewer key heads than query heads as they are.
+GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 # Architectures whose packed scores a test compares with their padded ones. Others may not hand the layout on to their
 # attention, or keep a sliding window in the mask alone.
@@ -51,29 +56,39 @@ class Segment(NamedTuple):
     prompt_length: int
 
 
-@dataclass(frozen=True, eq=False)
 class SharedPrompt:
-    """Who attends to whom in a packed row of T tokens and S segments; K keys in all, a prompt counted once per reader."""
+    """Who attends to whom in a packed row of T tokens and S segments; K keys in all, a prompt counted once per reader.
 
-    segments: tuple[Segment, ...]
-    key_index: Tensor  # (K,) int32: the row's position of each key
-    cu_queries: Tensor  # (S + 1,) int32: where each segment's queries begin
-    cu_keys: Tensor  # (S + 1,) int32: where its keys begin in key_index
-    max_queries: int
-    max_keys: int
-    block_masks: dict[int | None, BlockMask] = field(default_factory=dict)  # by window; filled by flex_attention
+    key_index: (K,) int32, the row's position of each key; cu_queries, cu_keys: (S + 1,) int32, where each segment's queries,
+    and its keys in key_index, begin. They are parts of one tensor, so that one copy moves them to a GPU.
+
+    No dataclass: FSDP copies those for every layer, to cast what is in them, and block masks would be made again for each.
+    """
+
+    def __init__(self, segments: tuple[Segment, ...], numbers: Tensor):
+        self.segments = segments
+        self.numbers = numbers  # key_index, cu_queries and cu_keys
+        self.key_index, self.cu_queries, self.cu_keys = numbers.split(
+            [len(numbers) - 2 * len(segments) - 2, *[len(segments) + 1] * 2]
+        )
+        self.max_queries = max(s.length for s in segments)
+        self.max_keys = max(s.prompt_length + s.length for s in segments)
+        self.block_masks: dict[int | None, BlockMask] = {}  # by window; filled by flex_attention
+
+    def __getstate__(self) -> tuple[tuple[Segment, ...], Tensor]:
+        return self.segments, self.numbers
+
+    def __setstate__(self, state: tuple[tuple[Segment, ...], Tensor]) -> None:
+        self.__init__(*state)
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "SharedPrompt":
-        """The layout on a device; accelerate's data loader calls this."""
-        return self._each_tensor(partial(Tensor.to, device=device, non_blocking=non_blocking))
+        """The layout on a device; accelerate's data loader calls this. Itself where it is there already."""
+        numbers = self.numbers.to(device, non_blocking=non_blocking)
+        return self if numbers is self.numbers else SharedPrompt(self.segments, numbers)
 
     def pin_memory(self) -> "SharedPrompt":
         """The layout in pinned memory; torch's data loader calls this."""
-        return self._each_tensor(Tensor.pin_memory)
-
-    def _each_tensor(self, function: Callable[[Tensor], Tensor]) -> "SharedPrompt":
-        tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
-        return replace(self, **{name: function(tensor) for name, tensor in tensors.items()}, block_masks={})
+        return SharedPrompt(self.segments, self.numbers.pin_memory())
 
 
 def shared_prompt_layout(lengths: list[tuple[int, int, int]]) -> SharedPrompt:
@@ -93,16 +108,9 @@ def shared_prompt_layout(lengths: list[tuple[int, int, int]]) -> SharedPrompt:
         for s in segments
         for first, length in ((s.prompt_start, s.prompt_length), (s.start, s.length))
     ]
-    queries_each = [s.length for s in segments]
-    keys_each = [s.prompt_length + s.length for s in segments]
-    return SharedPrompt(
-        segments=tuple(segments),
-        key_index=torch.cat(keys),
-        cu_queries=torch.tensor([0, *accumulate(queries_each)], dtype=torch.int32),
-        cu_keys=torch.tensor([0, *accumulate(keys_each)], dtype=torch.int32),
-        max_queries=max(queries_each),
-        max_keys=max(keys_each),
-    )
+    cu_queries = [0, *accumulate(s.length for s in segments)]
+    cu_keys = [0, *accumulate(s.prompt_length + s.length for s in segments)]
+    return SharedPrompt(tuple(segments), torch.cat([*keys, torch.tensor(cu_queries + cu_keys, dtype=torch.int32)]))
 
 
 # ---- Kernels. Queries (1, heads, T, D), keys and values (1, key heads, T, D) -> (1, T, heads, D) ----
@@ -135,6 +143,7 @@ def by_segment(query: Tensor, key: Tensor, value: Tensor, ask: Attend, attend: C
     The reference, and the way on a CPU.
     """
     segments = ask.layout.segments
+    queries_at_once = QUERY_BLOCK if query.device.type == "cpu" else query.shape[2]
     # One split: slices would each fill a row of zeros for their gradient.
     queries, keys, values = (x.split([s.length for s in segments], dim=2) for x in (query, key, value))
     starts = {s.start: number for number, s in enumerate(segments) if not s.prompt_length}
@@ -143,7 +152,7 @@ def by_segment(query: Tensor, key: Tensor, value: Tensor, ask: Attend, attend: C
         read = [starts[segment.prompt_start], number] if segment.prompt_length else [number]
         own_keys, own_values = (torch.cat([x[i] for i in read], dim=2) for x in (keys, values))
         end = segment.prompt_length
-        for block in queries[number].split(QUERY_BLOCK, dim=2):
+        for block in queries[number].split(queries_at_once, dim=2):
             first = 0 if ask.window is None else max(end - ask.window + 1, 0)
             end += block.shape[2]
             seen = slice(first, end)
@@ -176,8 +185,7 @@ def eager(query: Tensor, key: Tensor, value: Tensor, ask: Attend) -> Tensor:
 
 def sdpa(query: Tensor, key: Tensor, value: Tensor, ask: Attend) -> Tensor:
     """torch's varlen attention on a GPU; a mask per segment on a CPU, and where varlen does not run: old GPUs, float32."""
-    if query.is_cuda and torch.is_autocast_enabled("cuda"):
-        query, key, value = (x.to(torch.get_autocast_dtype("cuda")) for x in (query, key, value))
+    query, key, value = in_autocast_dtype(query, key, value)
     if not query.is_cuda or query.dtype not in (torch.bfloat16, torch.float16) or not has_flash(query.device):
         return by_segment(query, key, value, ask, attend_sdpa)
     refuse_dropout(ask)
@@ -192,9 +200,16 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor, ask: Attend) -> Tensor:
         ask.layout.max_keys,
         scale=ask.scaling,
         window_size=(-1 if ask.window is None else ask.window - 1, 0),
-        enable_gqa=True,
+        **GROUPED,
     )
     return output[None]
+
+
+def in_autocast_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """As torch casts what goes into its own attention: a rotation has left queries and keys in float32."""
+    if tensors[0].is_cuda and torch.is_autocast_enabled("cuda"):
+        return tuple(x.to(torch.get_autocast_dtype("cuda")) for x in tensors)
+    return tensors
 
 
 def has_flash(device: torch.device) -> bool:
@@ -233,8 +248,15 @@ def flash(query: Tensor, key: Tensor, value: Tensor, ask: Attend) -> Tensor:
     )
 
 
+def eager_or_flex(query: Tensor, key: Tensor, value: Tensor, ask: Attend) -> Tensor:
+    """Eager's arithmetic, soft-capping and all, by a kernel that holds no scores, where there is one."""
+    has_kernel = query.is_cuda and not ask.dropout and query.shape[-1] >= FLEX_HEAD
+    return (flex if has_kernel else eager)(query, key, value, ask)
+
+
 def flex(query: Tensor, key: Tensor, value: Tensor, ask: Attend) -> Tensor:
     refuse_dropout(ask)
+    query, key, value = in_autocast_dtype(query, key, value)
     mask = ask.layout.block_masks.get(ask.window)
     if mask is None:
         mask = ask.layout.block_masks[ask.window] = block_mask(ask.layout, ask.window, query.device)
@@ -242,17 +264,23 @@ def flex(query: Tensor, key: Tensor, value: Tensor, ask: Attend) -> Tensor:
     return output
 
 
+def readers(layout: SharedPrompt) -> Tensor:
+    """(3, T) int32: of each token its segment, the segment that it reads besides, and its position in its sequence."""
+    first = {s.start: number for number, s in enumerate(layout.segments) if not s.prompt_length}
+    columns = [
+        (n, first[s.prompt_start] if s.prompt_length else n, s.prompt_length - s.start) for n, s in enumerate(layout.segments)
+    ]
+    owner, reads, shift = torch.tensor(columns, dtype=torch.int32).T.repeat_interleave(
+        torch.tensor([s.length for s in layout.segments]), dim=1
+    )
+    return torch.stack([owner, reads, shift + torch.arange(len(shift), dtype=torch.int32)])
+
+
 def block_mask(layout: SharedPrompt, window: int | None, device: torch.device) -> BlockMask:
     """The whole row's mask for flex_attention, in blocks."""
     tokens = sum(s.length for s in layout.segments)
-    owner, reads, position = (torch.empty(tokens, dtype=torch.int32) for _ in range(3))
-    for number, s in enumerate(layout.segments):
-        own = slice(s.start, s.start + s.length)
-        # A branch reads the segment in front of the pair's first branch: the one that starts where its prompt does.
-        prompts = [i for i, other in enumerate(layout.segments) if s.prompt_length and other.start == s.prompt_start]
-        owner[own], reads[own] = number, prompts[0] if prompts else number
-        position[own] = torch.arange(s.prompt_length, s.prompt_length + s.length)
-    owner, reads, position = (x.to(device) for x in (owner, reads, position))
+    numbers = readers(layout)
+    owner, reads, position = (numbers.pin_memory() if device.type == "cuda" else numbers).to(device, non_blocking=True)
 
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         distance = position[query] - position[key]
@@ -281,10 +309,26 @@ def listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
     return count.to(torch.int32)[None, None], order.to(torch.int32)[None, None]
 
 
-def kernel_of(implementation: str) -> Kernel | None:
-    """The kernel that stands for an attention implementation of transformers; None: there is none."""
-    named = {"sdpa": sdpa, "eager": eager, "flex_attention": flex}
+def kernel_of(implementation: str, *, keeps_eager: bool = False) -> Kernel | None:
+    """The kernel that stands for an attention implementation of transformers; None: there is none.
+
+    keeps_eager: compute eager attention as it is written, on a GPU too.
+    """
+    named = {"sdpa": sdpa, "eager": eager if keeps_eager else eager_or_flex, "flex_attention": flex}
     return flash if "flash" in implementation else named.get(implementation)
+
+
+def describe_kernel(implementation: str, device: torch.device, *, keeps_eager: bool) -> str:
+    """Which kernel computes packed rows there, and why."""
+    name = implementation.removeprefix(NAME)
+    if device.type != "cuda":
+        return f"{name}, segment by segment"
+    if name == "eager":
+        kept = "eager, whole segments, because pair_layout is packed"
+        return kept if keeps_eager else "flex_attention: the arithmetic of eager, without its scores in memory"
+    if name == "sdpa" and not has_flash(device):
+        return "sdpa with a mask for each segment, because flash attention does not run on this GPU"
+    return "torch's varlen flash attention" if name == "sdpa" else name
 
 
 # ---- The model ----
@@ -374,17 +418,20 @@ def why_not(model: PreTrainedModel) -> str | None:
     return None
 
 
-def use_shared_prompts(model: PreTrainedModel) -> None:
-    """Let the model take a `shared_prompt` layout; called without one it works as before. Raises ValueError where it cannot."""
+def use_shared_prompts(model: PreTrainedModel, *, keeps_eager: bool = False) -> None:
+    """Let the model take a `shared_prompt` layout; called without one it works as before. Raises ValueError where it cannot.
+
+    keeps_eager: see `kernel_of`.
+    """
     if (reason := why_not(model)) is not None:
         raise ValueError(reason)
     implementation = model.config.get_text_config()._attn_implementation
     if implementation.startswith(NAME):
         return
     # transformers would look up a name with "flash" or "/" in it among its own kernels.
-    name = NAME + re.sub(r"\W", "_", implementation).replace("flash", "fa")
+    name = NAME + re.sub(r"\W", "_", implementation).replace("flash", "fa") + "_kept" * keeps_eager
     mask = ALL_MASK_ATTENTION_FUNCTIONS["flash_attention_2" if "flash" in implementation else implementation]
-    AttentionInterface.register(name, attention(implementation, kernel_of(implementation)))
+    AttentionInterface.register(name, attention(implementation, kernel_of(implementation, keeps_eager=keeps_eager)))
     AttentionMaskInterface.register(name, mask)
     model.set_attn_implementation(name)
     if model.config.get_text_config()._attn_implementation != name:  # transformers only warns

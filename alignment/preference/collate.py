@@ -1,10 +1,13 @@
 """Tokenized pairs -> batches of tensors: padded rows, one packed row, or a step's packed rows. B pairs, T tokens."""
 
+import bisect
+import heapq
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -21,7 +24,8 @@ class PaddedCollator:
     """B pairs -> 2B rows: B chosen, then B rejected, padded on the right to the longest. The readable reference.
 
     Returns input_ids, attention_mask and shift_labels, (2B, T), where shift_labels[r, t] is the token that position t
-    predicts, or -100 where that is not of the response; is_response, (2B, T); and the columns of `about_pairs`.
+    predicts, or -100 where that is not of the response; scored, (N,), where that is in the flat rows; is_response, (2B, T);
+    and the columns of `about_pairs`.
     scores_prompt: label the prompts of the chosen rows too; is_chosen_row, (B, T), is where anything of such a row is scored.
     """
 
@@ -30,18 +34,19 @@ class PaddedCollator:
 
     def __call__(self, rows: list[Row]) -> Batch:
         sides = [(row[f"{side}_input_ids"], row[f"{side}_prompt_length"]) for side in SIDES for row in rows]
-        input_ids = [torch.tensor(ids) for ids, _ in sides]
-        labels = [torch.tensor(labels_of(ids, prompt_length)) for ids, prompt_length in sides]
-        shift_labels = pad_sequence(labels, batch_first=True, padding_value=IGNORED)
-        is_response, whole = shift_labels != IGNORED, {}
+        labels = [labels_of(ids, prompt_length) for ids, prompt_length in sides]
+        shift_labels, whole = padded(labels, IGNORED), {}
+        is_response = shift_labels != IGNORED
         if self.scores_prompt:
-            for number, row in enumerate(rows):
-                shift_labels[number, : len(row["chosen_input_ids"])] = torch.tensor(labels_of(row["chosen_input_ids"], 0))
+            labels[: len(rows)] = [labels_of(row["chosen_input_ids"], 0) for row in rows]
+            shift_labels = padded(labels, IGNORED)
             whole = {"is_chosen_row": shift_labels[: len(rows)] != IGNORED}
+        width = shift_labels.shape[1]
         return {
-            "input_ids": pad_sequence(input_ids, batch_first=True, padding_value=self.pad_token_id),
-            "attention_mask": pad_sequence([torch.ones_like(ids) for ids in input_ids], batch_first=True),
+            "input_ids": padded([ids for ids, _ in sides], self.pad_token_id),
+            "attention_mask": padded([[1] * len(ids) for ids, _ in sides], 0),
             "shift_labels": shift_labels,
+            "scored": torch.tensor([row * width + place for row, own in enumerate(labels) for place in places(own)]),
             "is_response": is_response,
             **whole,
             **about_pairs(rows, scores_prompt=self.scores_prompt),
@@ -52,9 +57,9 @@ class PaddedCollator:
 class PackedCollator:
     """B pairs -> one row of T tokens without padding, each prompt once (see alignment.model.shared_prompt).
 
-    Returns input_ids, position_ids and shift_labels, (1, T); is_response, (2B, T), which tokens of the row are scored
-    for which response; shared_prompt, the layout of attention; an attention_mask that only says that no mask is to be
-    made; and the columns of `about_pairs`. scores_prompt: as of PaddedCollator.
+    Returns input_ids, position_ids and shift_labels, (1, T); scored, (N,), the positions that are; is_response, (2B, T),
+    which tokens of the row are scored for which response; shared_prompt, the layout of attention; an attention_mask that
+    only says that no mask is to be made; and the columns of `about_pairs`. scores_prompt: as of PaddedCollator.
     """
 
     scores_prompt: bool = False
@@ -62,18 +67,21 @@ class PackedCollator:
     def __call__(self, rows: list[Row]) -> Batch:
         pairs = [packed_pair(row) for row in rows]
         pieces = [piece for pair in pairs for piece in pair]
-        shift_labels = torch.tensor([label for piece in pieces for label in piece.labels])
-        owner = torch.tensor([owner for piece, owner in zip(pieces, owners(len(rows)), strict=True) for _ in piece.ids])
-        is_response, whole = (owner == torch.arange(2 * len(rows))[:, None]) & (shift_labels != IGNORED), {}
+        labels = [label for piece in pieces for label in piece.labels]
+        shift_labels, whole = torch.tensor(labels), {}
+        owner = repeated(owners(len(rows)), [len(piece.ids) for piece in pieces])
+        is_response = (owner == torch.arange(2 * len(rows))[:, None]) & (shift_labels != IGNORED)
         if self.scores_prompt:
-            shift_labels = torch.tensor([label for row in rows for label in whole_chosen_labels(row)])
-            pair = torch.arange(len(rows)).repeat_interleave(torch.tensor([packed_tokens(row) for row in rows]))
+            labels = [label for row in rows for label in whole_chosen_labels(row)]
+            shift_labels = torch.tensor(labels)
+            pair = repeated(list(range(len(rows))), [packed_tokens(row) for row in rows])
             in_row = (pair == torch.arange(len(rows))[:, None]) & (owner < len(rows))
             whole = {"is_chosen_row": in_row & (shift_labels != IGNORED)}
         return {
             "input_ids": torch.tensor([[token for piece in pieces for token in piece.ids]]),
             "position_ids": torch.cat([torch.arange(p.start, p.start + len(p.ids)) for p in pieces])[None],
             "shift_labels": shift_labels[None],
+            "scored": torch.tensor(places(labels)),
             "is_response": is_response,
             **whole,
             "shared_prompt": shared_prompt_layout([tuple(len(piece.ids) for piece in pair) for pair in pairs]),
@@ -98,25 +106,53 @@ class Rows:
     rows: list[Row]
 
 
-def token_bounded(rows: list[Row], max_tokens: int, collate: Callable[[list[Row]], Batch]) -> list[Batch]:
-    """Packed micro-batches of at most `max_tokens` tokens each, of the pairs of an optimizer step."""
-    bins = within_budget([packed_tokens(row) for row in rows], max_tokens)
-    return [collate([rows[number] for number in numbers]) for numbers in bins]
+# ---- A step's pairs, divided by tokens ----
 
 
-def within_budget(sizes: list[int], budget: int) -> list[list[int]]:
-    """Numbers of the items in each bin, so that no bin's sizes sum to more than budget: first fit, largest first."""
-    bins: list[list[int]] = []
-    room: list[int] = []
+def divided(rows: list[Row], collator: PaddedCollator | PackedCollator, budget: int, at_least: int = 1) -> list[list[Row]]:
+    """The rows of a step in micro-batches of at most `budget` tokens each, as few and as even as that allows.
+
+    at_least: how many micro-batches to make, where there are as many rows. A row that is over the budget stands alone.
+    """
+    if isinstance(collator, PaddedCollator):  # every row is as long as the longest
+        sizes = [2 * max(len(row[f"{side}_input_ids"]) for side in SIDES) for row in rows]
+        fill, tokens_of = filled_by_length, lambda part: len(part) * max(part)
+    else:
+        sizes = [packed_tokens(row) for row in rows]
+        fill, tokens_of = spread_evenly, sum
+    budget = max(budget, *sizes)
+    for count in range(min(at_least, len(rows)), len(rows) + 1):
+        parts = fill(sizes, count)
+        if all(tokens_of([sizes[number] for number in part]) <= budget for part in parts):
+            break
+    return [[rows[number] for number in sorted(part)] for part in parts]
+
+
+def spread_evenly(sizes: list[int], count: int) -> list[list[int]]:
+    """Numbers of the items of each of `count` parts, whose sums are close to one another: longest first into the emptiest."""
+    parts: list[list[int]] = [[] for _ in range(count)]
+    sums = [(0, part) for part in range(count)]
     for number in sorted(range(len(sizes)), key=lambda number: -sizes[number]):
-        place = next((place for place, left in enumerate(room) if sizes[number] <= left), None)
-        if place is None:
-            place = len(bins)
-            bins.append([])
-            room.append(budget)
-        bins[place].append(number)
-        room[place] -= sizes[number]
-    return [sorted(numbers) for numbers in bins]
+        total, part = heapq.heappop(sums)
+        parts[part].append(number)
+        heapq.heappush(sums, (total + sizes[number], part))
+    return parts
+
+
+def filled_by_length(sizes: list[int], count: int) -> list[list[int]]:
+    """Items of like sizes together, in at most `count` parts whose largest, its items x their longest, is the smallest."""
+    order = sorted(range(len(sizes)), key=lambda number: -sizes[number])
+
+    def parts(limit: int) -> list[list[int]]:
+        made: list[list[int]] = []
+        for number in order:
+            if not made or (len(made[-1]) + 1) * sizes[made[-1][0]] > limit:
+                made.append([])
+            made[-1].append(number)
+        return made
+
+    limits = range(sizes[order[0]], len(sizes) * sizes[order[0]] + 1)
+    return parts(limits[bisect.bisect_left(limits, 1, key=lambda limit: len(parts(limit)) <= count)])
 
 
 # ---- A pair ----
@@ -170,6 +206,21 @@ def owners(pairs: int) -> list[int]:
     return [owner for pair in range(pairs) for owner in (-1, pair, pairs + pair)]
 
 
+def places(labels: list[int]) -> list[int]:
+    """Where something is predicted that is scored."""
+    return [place for place, label in enumerate(labels) if label != IGNORED]
+
+
+def padded(rows: list[list[int]], value: int) -> Tensor:
+    """(rows, T) of the longest row's T, the others filled up on the right."""
+    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)
+
+
+def repeated(values: list[int], times: list[int]) -> Tensor:
+    """Each value so many times, one behind the other."""
+    return torch.tensor(values).repeat_interleave(torch.tensor(times), output_size=sum(times))
+
+
 def labels_of(ids: list[int], prompt_length: int) -> list[int]:
     """What each position predicts: the next token where it belongs to the response, -100 elsewhere."""
     first = max(prompt_length, 1)  # nothing predicts the first token of a sequence
@@ -186,23 +237,43 @@ class TokenCounts:
     distinct: int  # what the packed row holds
     padded: int  # what 2B rows padded to the longest would hold
     scored: int  # of the distinct ones, those whose prediction is scored: all that the head computes
+    chosen: int  # of the chosen responses
+    whole_chosen: int  # of the chosen rows, prompt and response, but their first
+    pairs: int
 
 
 def about_pairs(rows: list[Row], *, scores_prompt: bool = False) -> dict[str, Tensor | TokenCounts]:
     """index, (B,): the pairs' rows in their split; sft_scale and whole_scale, (B,); and the micro-batch's token counts."""
-    lengths = [len(row[f"{side}_input_ids"]) for side in SIDES for row in rows]
-    prompts = [row[f"{side}_prompt_length"] for side in SIDES for row in rows]
-    counts = TokenCounts(
-        distinct=sum(packed_tokens(row) for row in rows),
-        padded=len(lengths) * max(lengths),
-        scored=sum(lengths) - sum(prompts) + scores_prompt * sum(max(length - 1, 0) for length in prompts[: len(rows)]),
-    )
     return {
         "index": torch.tensor([row["index"] for row in rows]),
         "sft_scale": scales_of(rows, "sft_scale", sft_scale),
         "whole_scale": scales_of(rows, "whole_scale", whole_scale),
-        "token_counts": counts,
+        "token_counts": token_counts(rows, scores_prompt=scores_prompt),
     }
+
+
+def token_counts(rows: list[Row], *, scores_prompt: bool = False) -> TokenCounts:
+    lengths = [len(row[f"{side}_input_ids"]) for side in SIDES for row in rows]
+    chosen, rejected = (
+        sum(len(row[f"{side}_input_ids"]) - max(row[f"{side}_prompt_length"], 1) for row in rows) for side in SIDES
+    )
+    whole = sum(length - 1 for length in lengths[: len(rows)])
+    return TokenCounts(
+        distinct=sum(packed_tokens(row) for row in rows),
+        padded=len(lengths) * max(lengths),
+        scored=(whole if scores_prompt else chosen) + rejected,
+        chosen=chosen,
+        whole_chosen=whole,
+        pairs=len(rows),
+    )
+
+
+def on_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch there; on a GPU as soon as what it computes now is done, without a wait for it."""
+    if device.type != "cuda":
+        return send_to_device(batch, device)
+    pinned = {key: value.pin_memory() if hasattr(value, "pin_memory") else value for key, value in batch.items()}
+    return send_to_device(pinned, device, non_blocking=True)
 
 
 def scales_of(rows: list[Row], name: str, scale: Callable[[list[Row]], float]) -> Tensor:

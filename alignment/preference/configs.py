@@ -28,6 +28,14 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
         (lambda value: not value, "is not supported; remove it"),
     ),
     "remove_unused_columns": (lambda value: not value, "must be false"),
+    "max_tokens_per_micro_batch": (
+        lambda value: value in ("auto", None) or (not isinstance(value, str) and value > 0),
+        "must be positive, auto or null",
+    ),
+    "recompute_layers": (
+        lambda value: value in ("auto", "all") or (not isinstance(value, str) and value >= 0),
+        "must be auto, all or a number that is not negative",
+    ),
     "train_probe": (lambda value: value >= 0, "must not be negative"),
 }
 
@@ -75,11 +83,26 @@ class PairConfig(RunArguments, TrainingArguments):
             "where the model's attention allows."
         },
     )
-    max_tokens_per_micro_batch: int | None = field(
-        default=None,
+    max_tokens_per_micro_batch: int | str | None = field(
+        default="auto",
         metadata={
             "help": "Divide the pairs of a step (per_device_train_batch_size x gradient_accumulation_steps a process) into "
-            "packed micro-batches of at most so many tokens, instead of a fixed count; data order and steps stay."
+            "micro-batches of at most so many tokens, packed or padded, instead of a fixed count; data order and steps stay. "
+            "auto: on a GPU as many as bring something and fit, on a CPU null, the fixed count."
+        },
+    )
+    recompute_layers: int | str = field(
+        default="auto",
+        metadata={
+            "help": "With gradient_checkpointing, how many of the model's layers are computed again in the backward pass "
+            "instead of being kept in memory. auto: on a GPU as few as memory allows, on a CPU all."
+        },
+    )
+    use_liger_kernel: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Norms, rotations and gated products by Liger's kernels; the loss stays this suite's. null: on a GPU, "
+            "where liger_kernel is installed."
         },
     )
     score_step_0: bool = field(
@@ -124,7 +147,7 @@ class PairConfig(RunArguments, TrainingArguments):
         return {"beta": self.beta} if getattr(type(self), "beta", 0.0) is None else {}
 
     def problems(self) -> list[Problem]:
-        counts = ("max_length", "max_prompt_length", "dataset_num_proc", "max_tokens_per_micro_batch")
+        counts = ("max_length", "max_prompt_length", "dataset_num_proc")
         problems = super().problems() + positive_problem(self, *(key for key in ("beta",) if hasattr(self, key)), *counts)
         for key, choices in CHOICES.items():
             problems += choice_problem(self, key, choices)

@@ -9,29 +9,33 @@ class RunningMeans:
     """Named sums and counts, kept on the device; `flush` reduces them over all processes and starts anew."""
 
     def __init__(self) -> None:
-        self._totals: dict[str, Tensor] = {}  # name -> (2,) sum, count
+        # double: a window may hold millions of tokens. A count that is known without the device stays off it.
+        self._totals: dict[str, tuple[Tensor, Tensor | float]] = {}
 
-    def add(self, name: str, total: Tensor, count: Tensor | int) -> None:
+    def add(self, name: str, total: Tensor, count: Tensor | float) -> None:
         """Add `count` observations whose values sum to `total` (a scalar tensor)."""
-        count = torch.as_tensor(count, device=total.device)
-        item = torch.stack([total.detach().double(), count.double()])  # double: a window may hold millions of tokens
-        self._totals[name] = self._totals[name] + item if name in self._totals else item
+        total, count = total.detach().double(), count.double() if isinstance(count, Tensor) else float(count)
+        if name in self._totals:
+            old_total, old_count = self._totals[name]
+            total, count = old_total + total, old_count + count
+        self._totals[name] = total, count
 
     def flush(self, accelerator: Accelerator) -> dict[str, float]:
         """The mean of each name since the last flush, over all processes, which must all have added the same names."""
         if not self._totals:
             return {}
-        totals = accelerator.reduce(torch.stack(list(self._totals.values())), reduction="sum")  # (names, 2)
-        means = (totals[:, 0] / totals[:, 1]).tolist()
+        sums = [torch.stack([total, torch.as_tensor(count).to(total)]) for total, count in self._totals.values()]
+        sums = accelerator.reduce(torch.stack(sums), reduction="sum")  # (names, 2)
+        means = (sums[:, 0] / sums[:, 1]).tolist()
         names = list(self._totals)
         self._totals.clear()
         return dict(zip(names, means, strict=True))
 
     def state(self) -> dict[str, list[str]]:
         """What this process has summed up since the last flush: name -> sum and count, exact, as hexadecimal numbers."""
-        return {name: [value.hex() for value in item.tolist()] for name, item in self._totals.items()}
+        return {name: [float(value).hex() for value in item] for name, item in self._totals.items()}
 
     def restore(self, state: dict[str, list[str]], device: torch.device) -> None:
-        for name, item in state.items():
-            total, count = (torch.tensor(float.fromhex(value), dtype=torch.float64, device=device) for value in item)
-            self.add(name, total, count)
+        for name, (total, count) in state.items():
+            total = torch.tensor(float.fromhex(total), dtype=torch.float64, device=device)
+            self.add(name, total, float.fromhex(count))

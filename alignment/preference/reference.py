@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
+from transformers.trainer_utils import TrainOutput
 
 from ..data.prepare import pair_tokens
 from ..data.splits import fingerprint
@@ -59,12 +60,18 @@ class ScoredFirst(DurableTrainer):
     """
 
     args: PairConfig
+    max_tokens: int | None  # of a batch; None: args.eval_batch_size pairs
 
     def __init__(self, *args: Any, **kwargs: Any):
         self.step_zero: dict[str, StepZero] = {}  # TRAIN, and the held-out sets by the prefix of their metrics
         self.reference_tables: dict[str, Tensor] = {}  # by the SHA-256 of the data
         super().__init__(*args, **kwargs)
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        # Behind every other callback: FSDP 2 leaves the last layers gathered after a forward, and shards are checked before.
+        self.remove_callback(BeforeTheFirstStep)
         self.add_callback(BeforeTheFirstStep(self))
+        return super().train(*args, **kwargs)
 
     @property
     def has_reference(self) -> bool:
@@ -140,7 +147,7 @@ class ScoredFirst(DurableTrainer):
 
         Raises EvaluationCut if a process was asked to stop.
         """
-        batches = scoring_batches(rows, self.args)
+        batches = scoring_batches(rows, self.args.eval_batch_size, self.max_tokens)
         mine = batches[self.args.process_index :: self.args.world_size]
         model = self._wrap_model(self.model, training=False)
         found = torch.zeros(len(COLUMNS), len(rows), dtype=torch.float64, device=self.args.device)
@@ -234,11 +241,9 @@ def refuse_shared_index(rows: Dataset, name: str) -> None:
         raise UserError(f"several pairs of {name} have the index {index[count > 1][0]}: a reference is found by the index")
 
 
-def scoring_batches(rows: Dataset, args: PairConfig) -> list[list[int]]:
+def scoring_batches(rows: Dataset, size: int, budget: int | None) -> list[list[int]]:
     """Numbers of the rows of each batch: as many as an evaluation takes, or by tokens as micro-batches, longest first."""
-    budget = args.max_tokens_per_micro_batch
     if budget is None:
-        size = args.eval_batch_size
         return [list(range(start, min(start + size, len(rows)))) for start in range(0, len(rows), size)]
     tokens = pair_tokens(rows)
     batches: list[list[int]] = []

@@ -1,10 +1,11 @@
 """How an optimizer step is divided into micro-batches, by a fixed count of pairs or by tokens: the same step either way."""
 
+import logging
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
-from accelerate.utils import send_to_device
+from accelerate.utils import DistributedType
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -12,21 +13,23 @@ from transformers import TrainerCallback
 
 from ..data.prepare import longest_pair
 from ..errors import UserError
-from ..run.guards import GuardedSteps
-from .collate import Batch, PackedCollator, PaddedCollator, RowCollator, token_bounded
+from .collate import Batch, PackedCollator, PaddedCollator, Row, RowCollator, TokenCounts, divided, on_device, token_counts
+from .fitting import FittedSteps
 from .metrics import RunningMeans
 from .throughput import Throughput
 
+logger = logging.getLogger(__name__)
+
 
 class StepSize(NamedTuple):
-    """What one optimizer step averages over, on all processes; scalar tensors."""
+    """What one optimizer step averages over, on all processes: numbers, or scalar tensors where others have a share."""
 
-    pairs: Tensor
-    chosen_tokens: Tensor
-    whole_chosen_tokens: Tensor  # of prompt and response, where the prompt is scored
+    pairs: float | Tensor
+    chosen_tokens: float | Tensor
+    whole_chosen_tokens: float | Tensor  # of prompt and response
 
 
-class DividedSteps(GuardedSteps):
+class DividedSteps(FittedSteps):
     """A Trainer whose optimizer steps are divided into micro-batches of pairs; a subclass says what a micro-batch's loss is.
 
     The subclass has `throughput`, and appends to `step_sums` what it measures of each micro-batch: name -> sum and count.
@@ -38,11 +41,15 @@ class DividedSteps(GuardedSteps):
         self.train_means = RunningMeans()
         self.step_sums: list[dict[str, tuple[Tensor, Tensor | int]]] = []  # of the running step's micro-batches
         super().__init__(*args, **kwargs)
+        self.reduces_each = self.accelerator.distributed_type == DistributedType.FSDP
+        if self.reduces_each:
+            # Gradients that wait for the step's last micro-batch are whole ones, on every GPU: 26 GB of them for 8B.
+            self.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
 
     def get_train_dataloader(self) -> DataLoader:
-        """Batches of a fixed number of pairs; with max_tokens_per_micro_batch their rows, which `get_batch_samples` divides."""
+        """Batches of a fixed number of pairs; divided by tokens their rows, which `get_batch_samples` divides."""
         collator = self.data_collator
-        if self.args.max_tokens_per_micro_batch is not None:
+        if self.by_tokens:
             self.data_collator = RowCollator()
         try:
             return super().get_train_dataloader()
@@ -52,44 +59,77 @@ class DividedSteps(GuardedSteps):
     def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device) -> tuple[list, StepSize | None]:
         """The micro-batches of one optimizer step, and how many pairs they are on all processes.
 
-        Divided by tokens, the last sample has them all in `micro_batches`; the others, which the Trainer counts, have none.
+        Divided by tokens, the last sample has the rows of all of them in `micro_batches`; the others, which the Trainer
+        counts, have none.
         """
         samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.step_sums.clear()
         self.throughput.start_step()
-        if samples and self.args.max_tokens_per_micro_batch is not None:
-            rows = [row for sample in samples for row in sample["rows"].rows]
-            divided = token_bounded(rows, self.args.max_tokens_per_micro_batch, self.data_collator)
-            empty: list[Batch] = [{"micro_batches": []} for _ in samples[1:]]
-            samples = [*empty, {"micro_batches": send_to_device(divided, device)}]
-        batches = [batch for sample in samples for batch in micro_batches(sample)]
-        self.throughput.counts += [batch["token_counts"] for batch in batches]
-        return samples, self.step_size(batches) if batches else None
+        if not samples:
+            return samples, None
+        if not self.by_tokens:
+            counts = [sample["token_counts"] for sample in samples]
+        else:
+            parts, rounds = self.divided_evenly([row for sample in samples for row in sample["rows"].rows])
+            counts = [token_counts(part, scores_prompt=self.data_collator.scores_prompt) for part in parts]
+            divided_step = {"micro_batches": parts, "token_counts": counts, "rounds": rounds}
+            samples = [*({"micro_batches": [], "token_counts": []} for _ in samples[1:]), divided_step]
+        self.throughput.counts += counts
+        return samples, self.step_size(counts)
 
-    def step_size(self, batches: list[Batch]) -> StepSize:
-        pairs = sum(len(batch["index"]) for batch in batches)
-        chosen = sum(batch["is_response"].chunk(2)[0].sum() for batch in batches)
-        whole = sum(batch["is_chosen_row"].sum() for batch in batches if "is_chosen_row" in batch)
-        counts = torch.stack([torch.as_tensor(count, device=chosen.device) for count in (pairs, chosen, whole)])
-        counts = counts.to(self.args.device)
-        return StepSize(*self.accelerator.reduce(counts, reduction="sum"))
+    def divided_evenly(self, rows: list[Row]) -> tuple[list[list[Row]], int]:
+        """This process's rows in micro-batches within the budget, and how many the process with the most makes: as many."""
+        budget = self.max_tokens
+        parts = divided(rows, self.data_collator, budget)
+        if self.accelerator.num_processes == 1:
+            return parts, len(parts)
+        most = int(self.accelerator.gather(torch.tensor([len(parts)], device=self.args.device)).max())
+        even = divided(rows, self.data_collator, budget, at_least=most)
+        return even if len(even) <= most else parts, most
+
+    def step_size(self, counts: list[TokenCounts]) -> StepSize:
+        sums = [float(sum(getattr(count, name) for count in counts)) for name in ("pairs", "chosen", "whole_chosen")]
+        if self.accelerator.num_processes == 1:
+            return StepSize(*sums)
+        return StepSize(*self.accelerator.reduce(torch.tensor(sums, device=self.args.device), reduction="sum"))
 
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: StepSize | None = None) -> Tensor:
         """Forward and backward of a micro-batch, or of all of a step where the step is divided by tokens."""
         if "micro_batches" not in inputs:
             return super().training_step(model, inputs, num_items_in_batch)
-        batches = inputs["micro_batches"]
-        if not batches:
+        if not inputs["micro_batches"]:
             return torch.zeros((), device=self.args.device)
-        # A process with fewer micro-batches repeats its last one without weight: collectives come in equal numbers.
-        rounds = int(self.accelerator.gather(torch.tensor([len(batches)], device=self.args.device)).max())
-        losses = []
-        for number in range(rounds):
-            last = number == rounds - 1
+        while True:
+            try:
+                return self.divided_step(model, inputs, num_items_in_batch)
+            except torch.OutOfMemoryError:
+                if not self.halve():
+                    raise
+            self.forget_step(model)
+            parts, rounds = self.divided_evenly([row for part in inputs["micro_batches"] for row in part])
+            inputs = {**inputs, "micro_batches": parts, "rounds": rounds}
+
+    def forget_step(self, model: nn.Module) -> None:
+        """Let the running step begin again: a step begins without gradients."""
+        model.zero_grad()
+        self.step_sums.clear()
+        self.step_rows.clear()
+        self.micro_batch = None
+        if self.args.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def divided_step(self, model: nn.Module, inputs: Batch, step: StepSize | None) -> Tensor:
+        """The step's loss, after forward and backward of all its micro-batches."""
+        parts, losses = inputs["micro_batches"], []
+        for number in range(inputs["rounds"]):
+            last = number == inputs["rounds"] - 1
             self.accelerator.gradient_state._set_sync_gradients(last)
-            with nullcontext() if last else self.accelerator.no_sync(model):
-                batch = batches[number] if number < len(batches) else {**batches[-1], "repeated": True}
-                losses.append(super().training_step(model, batch, num_items_in_batch))
+            with nullcontext() if last or self.reduces_each else self.accelerator.no_sync(model):
+                # Made while the GPU computes the one before. A process that has fewer repeats its last one, without weight:
+                # collectives come in equal numbers.
+                batch = on_device(self.data_collator(parts[min(number, len(parts) - 1)]), self.args.device)
+                batch = batch if number < len(parts) else {**batch, "repeated": True}
+                losses.append(super().training_step(model, batch, step))
         return torch.stack(losses).sum()
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
@@ -111,15 +151,16 @@ class StepClock(TrainerCallback):
         self.throughput.end_step()
 
 
-def micro_batches(sample: Batch) -> list[Batch]:
-    return sample.get("micro_batches", [sample])
+def counts_of(sample: Batch) -> list[TokenCounts]:
+    """Of the micro-batches that a sample of the Trainer's stands for."""
+    counts = sample["token_counts"]
+    return counts if isinstance(counts, list) else [counts]
 
 
 def check_token_budget(budget: int, collator: PaddedCollator | PackedCollator, rows: Dataset | None) -> None:
-    """Raises UserError if batches are not packed, or the longest pair alone is over the budget."""
-    key = f"max_tokens_per_micro_batch = {budget}"
-    if not isinstance(collator, PackedCollator):
-        raise UserError(f"{key}: only packed batches are divided by tokens; remove it, or see pair_layout")
-    longest = 0 if rows is None else longest_pair(rows)
+    """Raises UserError if the longest pair alone is over the budget."""
+    is_padded = isinstance(collator, PaddedCollator)
+    longest = 0 if rows is None else 2 * max(rows["length"]) if is_padded else longest_pair(rows)
     if longest > budget:
+        key = f"max_tokens_per_micro_batch = {budget}"
         raise UserError(f"{key}: the longest pair has {longest} tokens; give at least that, or lower max_length")

@@ -20,8 +20,9 @@ from ..data.tokenization import SIDES, TOKEN_COLUMNS, tokenize_pairs
 from ..errors import UserError
 from ..model.adapters import add_adapter
 from ..model.head import add_lm_head
+from ..model.layers import use_fused_kernels
 from ..model.loading import disable_dropout, load_policy, parameter_dtype
-from ..model.shared_prompt import use_shared_prompts, why_not
+from ..model.shared_prompt import describe_kernel, use_shared_prompts, why_not
 from ..report.card import pair_card
 from ..run.guards import NonFiniteStep
 from .collate import Batch, PackedCollator, PaddedCollator
@@ -30,12 +31,12 @@ from .losses import response_sums
 from .records import pair_columns, rows_of
 from .reference import ScoredFirst
 from .scores import CrossEntropy, PairLosses, PairScores, pair_metrics
-from .steps import DividedSteps, StepClock, StepSize, check_token_budget, micro_batches
+from .steps import DividedSteps, StepClock, StepSize, check_token_budget, counts_of
 from .throughput import Throughput, dense_flops
 
 logger = logging.getLogger(__name__)
 
-FORWARD_COLUMNS = ("input_ids", "attention_mask", "position_ids", "shift_labels", "shared_prompt")
+FORWARD_COLUMNS = ("input_ids", "attention_mask", "position_ids", "shift_labels", "scored", "shared_prompt")
 
 
 class PairTrainer(DividedSteps, ScoredFirst):
@@ -68,6 +69,7 @@ class PairTrainer(DividedSteps, ScoredFirst):
             raise UserError(f"processing_class = None: {type(self).__name__} needs the tokenizer")
         self.base_model_name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", None)
         self.dataset_names: list[str] = []  # for the model card
+        self.template_settings: dict[str, Any] | None = None  # the recipe's chat_template_kwargs, for the card too
         self.eval_pairs: dict[str, dict[str, np.ndarray]] = {}  # of the last evaluation, by metric prefix
         self.objective = args.objective
 
@@ -79,16 +81,17 @@ class PairTrainer(DividedSteps, ScoredFirst):
         if isinstance(model, str):
             model = load_policy(model, **{"dtype": parameter_dtype(None), **(args.model_init_kwargs or {})})
         policy = model.get_base_model() if isinstance(model, PeftModel) else model
-        add_lm_head(policy, args.device.type)
+        add_lm_head(policy)
         if peft_config is not None:
             model = add_adapter(model, peft_config, args)
         if args.disable_dropout and (switched_off := disable_dropout(model)):
             logger.info("Dropout off: %s", ", ".join(switched_off))
         padding = args.padding_value if args.padding_value is not None else processing_class.pad_token_id
-        is_packed, scores_prompt = packs(policy, args.pair_layout), self.objective.scores_prompt
+        is_packed, scores_prompt = packs(policy, args.pair_layout, args.device), self.objective.scores_prompt
         collator = PackedCollator(scores_prompt) if is_packed else PaddedCollator(padding, scores_prompt)
-        if args.max_tokens_per_micro_batch is not None:
+        if isinstance(args.max_tokens_per_micro_batch, int):
             check_token_budget(args.max_tokens_per_micro_batch, collator, train_dataset)
+        use_fused_kernels(args)
         super().__init__(
             model=model,
             args=args,
@@ -164,7 +167,7 @@ class PairTrainer(DividedSteps, ScoredFirst):
         """This micro-batch's share of the step's loss: every pair of the step weighs the same, however it is split."""
         scores = self.concatenated_forward(model, inputs)
         outcome = self.pair_losses(self.with_reference(scores, inputs["index"], self.train_dataset))
-        step = self.step_size([inputs]) if num_items_in_batch is None else num_items_in_batch
+        step = self.step_size([inputs["token_counts"]]) if num_items_in_batch is None else num_items_in_batch
         repeated = inputs.get("repeated", False)
         # Gradients are averaged over processes, each of which has divided by the pairs of all.
         share = 0.0 if repeated else self.accelerator.num_processes / step.pairs
@@ -207,7 +210,7 @@ class PairTrainer(DividedSteps, ScoredFirst):
             packing = ["pair_layout: auto: no padding, each prompt once"] if self.args.pair_layout == "padded" else []
             return [*packing, *super().smaller_batches()]
         longest = longest_pair(self.train_dataset)
-        limit = self.args.max_tokens_per_micro_batch or longest
+        limit = self.max_tokens or longest
         tokens = self.micro_batch["token_counts"].distinct if self.micro_batch else limit
         if tokens <= longest:
             return []
@@ -218,8 +221,7 @@ class PairTrainer(DividedSteps, ScoredFirst):
         if self.throughput.step_flops is None:
             return 0
         body, head = self.throughput.step_flops
-        counts = [batch["token_counts"] for batch in micro_batches(inputs)]
-        return sum(body * count.distinct + head * count.scored for count in counts)
+        return sum(body * count.distinct + head * count.scored for count in counts_of(inputs))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the running means and the speed to every training record."""
@@ -332,6 +334,7 @@ class PairTrainer(DividedSteps, ScoredFirst):
             "max_length / max_prompt_length": f"{self.args.length_limit} / {self.args.prompt_limit}",
             "preprocessing": self.args.preprocessing,
             "seed": self.args.seed,
+            **({"chat template settings": f"`{self.template_settings}`"} if self.template_settings else {}),
         }
         name = (self.args.hub_model_id or self.args.run_name or Path(self.args.output_dir).name).split("/")[-1]
         about = {"base_model": self.base_model_name, "datasets": self.dataset_names, "settings": settings, "held_out": held_out}
@@ -367,13 +370,16 @@ def trainable_share(model: nn.Module) -> float:
     return sum(size for size, trained in sizes if trained) / sum(size for size, _ in sizes)
 
 
-def packs(model: PreTrainedModel, pair_layout: str) -> bool:
+def packs(model: PreTrainedModel, pair_layout: str, device: torch.device) -> bool:
     """Whether batches are packed; prepares the model for them. Raises UserError if that is asked for and impossible."""
     if pair_layout == "padded":
         return False
     reason = why_not(model)
     if reason is None:
-        use_shared_prompts(model)
+        implementation, keeps_eager = model.config.get_text_config()._attn_implementation, pair_layout == "packed"
+        use_shared_prompts(model, keeps_eager=keeps_eager)
+        kernel = describe_kernel(implementation, device, keeps_eager=keeps_eager)
+        logger.info("Packed batches, each prompt computed once; attention: %s.", kernel)
         return True
     if pair_layout == "packed":
         raise UserError(f"pair_layout = packed: not possible with this model, because {reason}; use auto or padded")

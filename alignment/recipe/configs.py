@@ -154,7 +154,17 @@ class DataArguments:
     text_column: str = field(default="text", metadata={"help": "Column of plain text, for continued pre-training."})
     chat_template: str | None = field(
         default=None,
-        metadata={"help": "A shipped template (llama-3, mistral, gemma, zephyr), a .jinja file, or Jinja text."},
+        metadata={
+            "help": "A shipped template (llama-3, mistral, gemma, zephyr), one of the tokenizer's named ones, a .jinja file, "
+            "or Jinja text."
+        },
+    )
+    chat_template_kwargs: dict[str, Any] | None = field(
+        default=None,
+        metadata={
+            "help": "Values for variables that the chat template reads, e.g. {enable_thinking: false}; the saved tokenizer's "
+            "template has them as defaults."
+        },
     )
     auto_insert_empty_system_msg: bool = field(
         default=True,
@@ -167,6 +177,9 @@ class DataArguments:
         problems = positive_problem(self, "preprocessing_num_workers")
         if self.truncation_side is not None:
             problems += choice_problem(self, "truncation_side", ("left", "right"))
+        for key in self.chat_template_kwargs or {}:
+            if not key.isidentifier():
+                problems.append(Problem(f"chat_template_kwargs.{key}", self.chat_template_kwargs[key], "is no variable's name"))
         for source, share in (self.dataset_mixer or {}).items():
             if not is_share(share):
                 problems.append(
@@ -358,6 +371,7 @@ class Run(NamedTuple):
     data_args: DataArguments
     training_args: RunArguments
     recipe: str  # YAML of every field, without secrets
+    date: str | None = None  # the day that chat templates read, as 2026-07-29; null: each one's own clock
 
     @property
     def output_dir(self) -> Path:

@@ -46,6 +46,7 @@ class GuardedSteps(Trainer):
         self.is_skipping = False
         self.micro_batch: dict[str, Any] | None = None  # while it is computed
         super().__init__(*args, **kwargs)
+        keep_off_cudnn_attention()
 
     # ---- Numbers that are not finite ----
 
@@ -101,7 +102,7 @@ class GuardedSteps(Trainer):
         allowed = f"; skip_nonfinite = {skipped} steps were skipped before" if skipped else ""
         raise NonFiniteStep(
             f"{what}{allowed}. {self.fate_of_step(cause)} Rows and figures: {path}. Usual causes: a learning rate that is too "
-            "high, fp16, damaged weights."
+            f"high, fp16, damaged weights. Attention was computed by {attention_of(self.model)} on a {self.args.device.type}."
         )
 
     def describe_broken(self, cause: str, rows: list[dict[str, Any]]) -> str:
@@ -206,6 +207,19 @@ def peak_memory_gb(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def keep_off_cudnn_attention() -> None:
+    """Let torch choose among its other attention kernels.
+
+    cuDNN's, with a mask and a length that leaves 64 when divided by 128, has NaN gradients in bf16 (torch 2.11 to 2.13,
+    https://github.com/pytorch/pytorch/issues/196678); which lengths meet, only the data knows.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def attention_of(model: nn.Module) -> str:
+    return model.config.get_text_config()._attn_implementation
 
 
 def settings_that_help(

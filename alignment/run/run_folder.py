@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 STATUS_FILE = "_run/status.json"
 LOCK_FILE = "_run/lock"
 LAUNCH_FILE = "_run/launch"
+DATE_FILE = "_run/date"
 PATIENCE_S = 10.0  # a run that was just told to stop may need a moment
 SHARING_S = 60.0  # a network disk may show a new file late
 
@@ -48,7 +49,11 @@ def only_writer(output_dir: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        if made and {other for other in made[-1].rglob("*") if not other.is_dir()} <= {path, output_dir / LAUNCH_FILE}:
+        if made and {other for other in made[-1].rglob("*") if not other.is_dir()} <= {
+            path,
+            output_dir / LAUNCH_FILE,
+            output_dir / DATE_FILE,
+        }:
             shutil.rmtree(made[-1])
         lock.release()
 
@@ -75,6 +80,18 @@ def find_launch(output_dir: Path, mark: str) -> None:
                 "writes to. Give one on a disk that all machines share, as a whole path."
             )
         time.sleep(0.1)
+
+
+def run_date(output_dir: Path, begun: Path | None) -> str:
+    """The day on which a run began, which its chat template may read: today, or as `begun` says, the folder it goes on from."""
+    recorded = None if begun is None else begun / DATE_FILE
+    date = recorded.read_text(encoding="utf-8") if recorded is not None and recorded.is_file() else today()
+    (output_dir / DATE_FILE).write_text(date, encoding="utf-8")
+    return date
+
+
+def today() -> str:
+    return time.strftime("%Y-%m-%d")
 
 
 def write_status(output_dir: Path, state: str, **facts: Any) -> None:

@@ -12,13 +12,12 @@ from trl.trainer.utils import add_fused_lm_head
 
 from alignment.model import head
 from alignment.model.head import (
-    OUTPUTS,
+    ADAPTED_TOKENS,
     TILE_TOKENS,
     TILE_VOCABULARY,
-    add_chunked_lm_head,
     add_lm_head,
-    chunked_logps,
     score_chunk,
+    tiled_logps,
 )
 from tests.builders import SIZES, VOCABULARY, tiny_model
 
@@ -68,7 +67,7 @@ def assert_same_scores_and_gradients(model: nn.Module, batch: dict[str, Tensor],
 @pytest.mark.parametrize("kind", LOGITS_OF_EVERY_KIND)
 def test_scores_and_gradients_are_those_of_all_logits(kind, tie):
     model = tiny_model(kind, dtype=torch.float64, tie=tie)
-    add_lm_head(model, "cpu")
+    add_lm_head(model)
     assert_same_scores_and_gradients(model, scored_batch(), rtol=0, atol=1e-9)
 
 
@@ -89,7 +88,7 @@ def test_every_chunk_size_gives_the_same_scores_and_gradients(chunk, bias, softc
     logits = head(hidden) * scale
     logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
     expected = logits.log_softmax(-1)[torch.arange(10), labels]
-    logps, means = chunked_logps(head, hidden, labels, softcap=softcap, scale=scale, chunk=chunk)
+    logps, means = tiled_logps(head, hidden, labels, softcap=softcap, scale=scale, chunk=chunk)
 
     torch.testing.assert_close(logps, expected, rtol=0, atol=1e-12)
     torch.testing.assert_close(means, logits.mean(-1), rtol=0, atol=1e-12)
@@ -104,7 +103,7 @@ def test_every_chunk_size_gives_the_same_scores_and_gradients(chunk, bias, softc
 
 def test_no_scored_position_gives_zeros_and_zero_gradients():
     model = tiny_model()
-    add_lm_head(model, "cpu")
+    add_lm_head(model)
     batch = scored_batch()
     batch["shift_labels"][:] = -100
     logps, means = head_scores(model, batch)
@@ -118,8 +117,8 @@ def test_no_scored_position_gives_zeros_and_zero_gradients():
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "granite", "phi"])
 def test_scores_and_gradients_are_those_of_trls_head(kind):
     ours, theirs = tiny_model(kind), tiny_model(kind)
-    add_chunked_lm_head(ours)
-    add_fused_lm_head(theirs, outputs=OUTPUTS)
+    add_lm_head(ours)
+    add_fused_lm_head(theirs, outputs=("log_probs", "mean_logits"))
     (logps, means), (trl_logps, trl_means) = (head_scores(model, scored_batch()) for model in (ours, theirs))
     scored = scored_batch()["shift_labels"] != -100
     torch.testing.assert_close(logps[scored], trl_logps[scored], rtol=1e-5, atol=1e-5)
@@ -128,7 +127,7 @@ def test_scores_and_gradients_are_those_of_trls_head(kind):
 
 
 # On CUDA TRL's head, which computes in float32, and without a GPU too.
-@pytest.mark.parametrize(("device", "dtype", "atol"), [("cpu", torch.float64, 1e-9), ("cuda", torch.float32, 2e-5)])
+@pytest.mark.parametrize(("fused", "dtype", "atol"), [(False, torch.float64, 1e-9), (True, torch.float32, 2e-5)])
 @pytest.mark.parametrize("kind", ["llama", "gemma2"])
 @pytest.mark.parametrize(
     "lora",
@@ -139,16 +138,43 @@ def test_scores_and_gradients_are_those_of_trls_head(kind):
     ],
     ids=["adapter on the head", "head trained whole", "frozen head"],
 )
-def test_an_adapted_model_scores_as_its_own_logits_do(kind, lora, device, dtype, atol):
+def test_an_adapted_model_scores_as_its_own_logits_do(kind, lora, fused, dtype, atol, monkeypatch):
+    monkeypatch.setattr(head, "has_fused_kernel", lambda device: fused)
     model = tiny_model(kind, dtype=dtype)
-    add_lm_head(model, device)
+    add_lm_head(model)
     adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, **lora))
     assert_same_scores_and_gradients(adapted, scored_batch(), rtol=0, atol=atol)
 
 
+@pytest.mark.parametrize("lora", [None, {"target_modules": ["lm_head"]}, {"modules_to_save": ["lm_head"]}])
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_head_is_called_once_however_many_chunks_it_computes(lora, fused, monkeypatch):
+    monkeypatch.setattr(head, "has_fused_kernel", lambda device: fused)
+    monkeypatch.setattr(head, "ADAPTED_TOKENS", 3)
+    model = tiny_model()
+    add_lm_head(model)
+    if lora is not None:
+        targets = {"target_modules": ["q_proj"], **lora}
+        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, init_lora_weights=False, **targets))
+    calls: list[nn.Module] = []
+    model.get_output_embeddings().register_forward_hook(lambda module, inputs, output: calls.append(module))
+    for _ in range(2):
+        head_scores(model, scored_batch())[0].sum().backward()
+    assert len(calls) == 2
+    plain = model(input_ids=scored_batch()["input_ids"]).logits  # its own forward is back
+    assert plain.shape[-1] == VOCABULARY
+
+
+def test_positions_that_are_handed_over_are_those_that_would_be_found():
+    model, batch = tiny_model(), scored_batch()
+    add_lm_head(model)
+    scored = (batch["shift_labels"].flatten() != -100).nonzero().squeeze(-1)
+    torch.testing.assert_close(head_scores(model, {**batch, "scored": scored}), head_scores(model, batch), rtol=0, atol=0)
+
+
 def test_a_mixture_of_experts_scores_as_its_logits_do():
     model = tiny_model("mixtral")  # float32: its experts know no float64
-    add_lm_head(model, "cpu")
+    add_lm_head(model)
     assert_same_scores_and_gradients(model, scored_batch(), rtol=0, atol=2e-5)
 
 
@@ -157,7 +183,7 @@ def test_the_load_balancing_loss_of_a_mixture_of_experts_is_the_models_own():
     batch = {**scored_batch(), "attention_mask": torch.ones(2, 12, dtype=torch.long)}
     batch["attention_mask"][1, 7:] = 0
     expected = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).aux_loss
-    add_lm_head(model, "cpu")
+    add_lm_head(model)
     found = model(**batch, fused_lm_head=True).aux_loss
     torch.testing.assert_close(found, expected)
     assert found.requires_grad
@@ -179,7 +205,7 @@ def test_the_load_balancing_loss_is_the_models_own_whatever_its_config_calls_the
     config = AutoConfig.for_model(kind, **sizes, **{experts: 4}, num_experts_per_tok=2, output_router_logits=True)
     model = AutoModelForCausalLM.from_config(config).eval()
     expected = model(input_ids=scored_batch()["input_ids"]).aux_loss
-    add_lm_head(model, "cpu")
+    add_lm_head(model)
     torch.testing.assert_close(model(**scored_batch(), fused_lm_head=True).aux_loss, expected)
 
 
@@ -189,14 +215,14 @@ def test_xlstm_scores_with_its_soft_cap():
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("xlstm", **sizes, output_logit_soft_cap=0.1)).eval()
     with torch.no_grad():
         expected, _ = plain_scores(model, scored_batch())
-        add_lm_head(model, "cpu")
+        add_lm_head(model)
         logps, _ = head_scores(model, scored_batch())
     torch.testing.assert_close(logps, expected)
 
 
 def test_gradient_checkpointing_changes_nothing():
     model = tiny_model(dtype=torch.float64)
-    add_lm_head(model, "cpu")
+    add_lm_head(model)
     expected = gradients(model, plain_scores(model, scored_batch())[0])
     model.train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -218,13 +244,13 @@ class RowsOfLogits(TorchDispatchMode):
 @pytest.mark.parametrize("adapter", [False, True])
 def test_no_tensor_holds_more_than_one_chunk_of_logits(adapter):
     model = tiny_model("gemma2")
-    add_lm_head(model, "cpu")
+    add_lm_head(model)
     if adapter:
         model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=["lm_head"]))
     batch = scored_batch(rows=4, tokens=600)
     with RowsOfLogits() as seen:
         head_scores(model, batch)[0].sum().backward()
-    assert seen.largest == (256 if adapter else TILE_TOKENS)
+    assert seen.largest == (ADAPTED_TOKENS if adapter else TILE_TOKENS)
 
 
 def test_that_measure_sees_the_logits_of_a_plain_forward():
@@ -237,7 +263,7 @@ def test_bf16_hidden_states_give_float32_scores():
     torch.manual_seed(0)
     head = nn.Linear(8, 33, bias=False, dtype=torch.bfloat16)
     hidden, labels = torch.randn(10, 8, dtype=torch.bfloat16), torch.randint(33, (10,))
-    logps, means = chunked_logps(head, hidden, labels, softcap=None, scale=1.0)
+    logps, means = tiled_logps(head, hidden, labels, softcap=None, scale=1.0)
     expected = head(hidden).float().log_softmax(-1)[torch.arange(10), labels]
     assert (logps.dtype, means.dtype) == (torch.float32, torch.float32)
     torch.testing.assert_close(logps, expected, rtol=0, atol=1e-6)
@@ -248,7 +274,7 @@ def test_bf16_gradients_are_summed_over_chunks_in_float32():
     torch.manual_seed(0)
     head = nn.Linear(8, 33, bias=False, dtype=torch.bfloat16)
     hidden, labels = torch.randn(1024, 8, dtype=torch.bfloat16), torch.randint(33, (1024,))
-    chunked_logps(head, hidden, labels, softcap=None, scale=1.0)[0].sum().backward()
+    tiled_logps(head, hidden, labels, softcap=None, scale=1.0)[0].sum().backward()
     wide = head.weight.detach().double().requires_grad_()
     (hidden.double() @ wide.T).log_softmax(-1)[torch.arange(1024), labels].sum().backward()
     assert head.weight.grad.dtype == torch.bfloat16
@@ -259,7 +285,7 @@ def test_bf16_gradients_are_summed_over_chunks_in_float32():
 
 def test_under_bf16_autocast_scores_are_float32_of_the_models_own_bf16_logits():
     model = tiny_model()
-    add_lm_head(model, "cpu")
+    add_lm_head(model)
     batch = scored_batch()
     with torch.autocast("cpu", torch.bfloat16):
         expected, _ = plain_scores(model, batch)
@@ -282,13 +308,13 @@ def test_generation_and_the_plain_forward_are_unchanged(kind):
 
     model = tiny_model(kind)
     before = outputs(model)
-    add_lm_head(model, "cpu")
+    add_lm_head(model)
     torch.testing.assert_close(outputs(model), before, rtol=0, atol=0)
 
 
 def test_evaluation_without_gradients_gives_the_same_scores():
     model = tiny_model()
-    add_lm_head(model, "cpu")
+    add_lm_head(model)
     with torch.no_grad():
         logps, _ = head_scores(model, scored_batch())
     torch.testing.assert_close(logps, head_scores(model, scored_batch())[0])
@@ -317,7 +343,7 @@ def test_tiles_that_were_kept_give_the_gradients_of_those_computed_again_within_
     labels, upstream = torch.randint(TILE_VOCABULARY + 7, (50,)), torch.randn(50, dtype=torch.float64)
 
     def logps() -> Tensor:
-        return chunked_logps(linear, hidden, labels, softcap=None, scale=0.5, chunk=20)[0]
+        return tiled_logps(linear, hidden, labels, softcap=None, scale=0.5, chunk=20)[0]
 
     monkeypatch.setattr(head, "KEPT_BYTES", 0)
     nothing_kept, expected = kept_bytes(logps), torch.autograd.grad(logps() @ upstream, [hidden, linear.weight])
@@ -342,7 +368,7 @@ def test_a_vocabulary_of_several_tiles_gives_the_scores_and_gradients_of_one(sof
     upstream = torch.randn(50, dtype=torch.float64)
     results = []
     for logps, mean_logits in (
-        chunked_logps(head, hidden, labels, softcap=softcap, scale=scale, chunk=16),
+        tiled_logps(head, hidden, labels, softcap=softcap, scale=scale, chunk=16),
         score_chunk(head, hidden, labels, softcap, scale),
     ):
         grads = torch.autograd.grad((logps * upstream).sum(), [hidden, *head.parameters()])

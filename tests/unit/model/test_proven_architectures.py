@@ -55,7 +55,7 @@ def test_packed_scores_are_the_padded_ones(architecture):
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
     with torch.no_grad():
         expected = torch.cat(reference.mean_logps(model, ROWS))
-        add_lm_head(model, "cpu")
+        add_lm_head(model)
         use_shared_prompts(model)
         batch = PackedCollator()(ROWS)
         output = model(**{key: batch[key] for key in FORWARD_COLUMNS if key in batch}, use_cache=False, fused_lm_head=True)

@@ -554,7 +554,7 @@ def test_a_model_that_cannot_share_prompts_is_scored_in_padded_rows(config_type,
     model = random_model(config_type, **own)
     rows = token_rows([(5, 3, 9), (2, 12, 4)])
     expected = torch.cat(reference.mean_logps(model, rows))
-    add_lm_head(model, "cpu")
+    add_lm_head(model)
     batch = PaddedCollator(pad_token_id=0)(rows)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "shift_labels")}
     logps, tokens = response_sums(model(**inputs, use_cache=False, fused_lm_head=True).log_probs, batch["is_response"])

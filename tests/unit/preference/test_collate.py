@@ -10,9 +10,10 @@ from alignment.preference.collate import (
     PaddedCollator,
     RowCollator,
     TokenCounts,
+    divided,
+    filled_by_length,
     packed_tokens,
-    token_bounded,
-    within_budget,
+    spread_evenly,
 )
 from tests.builders import token_rows
 
@@ -80,7 +81,7 @@ def test_tokens_are_counted_as_distinct_as_padded_and_as_scored():
     with that last token: (1 + 2 + 1) + (0 + 1 + 3) = 8. padded: 4 rows of 4. scored: 2 + 1 + 1 + 3.
     """
     batch = PaddedCollator(pad_token_id=PAD)([pair([1, 2], [11, 12], [21]), pair([3], [13], [22, 23, 24])])
-    assert batch["token_counts"] == TokenCounts(distinct=8, padded=16, scored=7)
+    assert batch["token_counts"] == TokenCounts(distinct=8, padded=16, scored=7, chosen=3, whole_chosen=5, pairs=2)
 
 
 def test_the_scale_of_the_published_cross_entropy_is_pairs_per_chosen_token_of_the_micro_batch():
@@ -90,31 +91,42 @@ def test_the_scale_of_the_published_cross_entropy_is_pairs_per_chosen_token_of_t
 # ---- A step divided by tokens ----
 
 
-def test_bins_are_filled_first_fit_the_largest_first():
-    """7 opens a bin of 10; 6 another; 4 fits the second; 3 fits the first; 1 opens the third."""
-    assert within_budget([1, 4, 7, 3, 6], budget=10) == [[2, 3], [1, 4], [0]]
+def test_the_longest_goes_first_into_the_part_that_is_emptiest():
+    """7 and 6 open a part each; 4 joins the 6; 3 the 7; both have 10, and 1 goes to the first."""
+    assert spread_evenly([1, 4, 7, 3, 6], 2) == [[2, 3, 0], [4, 1]]
 
 
-@given(st.lists(st.integers(1, 20), min_size=1, max_size=30), st.integers(20, 60))
-def test_every_item_is_in_one_bin_and_no_bin_is_over_budget(sizes, budget):
-    bins = within_budget(sizes, budget)
-    assert sorted(number for numbers in bins for number in numbers) == list(range(len(sizes)))
-    assert all(sum(sizes[number] for number in numbers) <= budget for numbers in bins)
+def test_padded_rows_of_like_lengths_stand_together():
+    """In two parts, 9 and 8 would make 2 x 9 = 18, and 3, 2, 2 then 3 x 3 = 9; any other cut has a larger part."""
+    assert filled_by_length([2, 9, 3, 8, 2], 2) == [[1, 3], [2, 0, 4]]
 
 
-def test_micro_batches_hold_every_pair_once_within_their_tokens():
+some_lengths = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 20), st.integers(1, 20)), min_size=1, max_size=20)
+
+
+@given(some_lengths, st.integers(1, 150), st.integers(1, 25), st.sampled_from([PackedCollator(), PaddedCollator(PAD)]))
+def test_micro_batches_hold_every_pair_once_within_their_tokens(lengths, budget, at_least, collator):
+    rows = token_rows(lengths)
+    parts = divided(rows, collator, budget, at_least)
+    assert sorted(row["index"] for part in parts for row in part) == list(range(len(rows)))
+    assert len(parts) >= min(at_least, len(rows)) or isinstance(collator, PaddedCollator)
+    allowed = max(budget, *(collator([row])["input_ids"].numel() for row in rows))
+    assert all(collator(part)["input_ids"].numel() <= allowed for part in parts)
+
+
+def test_a_step_makes_no_more_micro_batches_than_its_tokens_ask_for():
+    """Five pairs of 16, 17, 2, 20 and 25 tokens: 80 in all, so that two micro-batches of 40 hold them."""
     rows = token_rows([(5, 3, 9), (2, 12, 4), (1, 1, 1), (9, 6, 6), (4, 20, 2)])
-    budget = max(packed_tokens(row) for row in rows)
-    batches = token_bounded(rows, budget, PackedCollator())
-    assert sorted(number for batch in batches for number in batch["index"].tolist()) == [0, 1, 2, 3, 4]
-    assert all(batch["input_ids"].shape[1] <= budget for batch in batches)
+    assert [packed_tokens(row) for row in rows] == [16, 17, 2, 20, 25]
+    assert [sum(map(packed_tokens, part)) for part in divided(rows, PackedCollator(), 45)] == [41, 39]
+    assert [len(part) for part in divided(rows, PackedCollator(), 1000)] == [5]
 
 
 def test_the_published_cross_entropy_keeps_the_scale_of_the_fixed_micro_batches():
     """Pairs 0 and 1, then 2 and 3, then 4 alone: 2 / 15, 2 / 7, 1 / 20."""
     rows = token_rows([(5, 3, 9), (2, 12, 4), (1, 1, 1), (9, 6, 6), (4, 20, 2)])
     loaded = [row for fixed in (rows[:2], rows[2:4], rows[4:]) for row in RowCollator()(fixed)["rows"].rows]
-    batches = token_bounded(loaded, 40, PackedCollator())
+    batches = [PackedCollator()(part) for part in divided(loaded, PackedCollator(), 40)]
     scales = {i: s for batch in batches for i, s in zip(batch["index"].tolist(), batch["sft_scale"].tolist(), strict=True)}
     expected = {0: 2 / 15, 1: 2 / 15, 2: 2 / 7, 3: 2 / 7, 4: 1 / 20}
     assert scales == pytest.approx(expected)

@@ -211,8 +211,9 @@ def exact_model(kind: str, **settings: Any) -> PreTrainedModel:
     """A model that computes in float64 throughout, without dropout."""
     model = model_of(kind, dtype=torch.float64, experts_implementation="eager", **settings).eval()
     for module in model.modules():
-        # Inside the layers, because gradient checkpointing computes those again outside of the model's forward.
-        if not isinstance(module, GradientCheckpointingLayer):
+        # Inside the layers, because gradient checkpointing computes those again outside of the model's forward. Not the head,
+        # which PEFT copies: the copy's forward would be the original's.
+        if not isinstance(module, GradientCheckpointingLayer) and module is not model.get_output_embeddings():
             module.forward = in_float64(module.forward)
     return model
 
@@ -252,7 +253,7 @@ def assert_equal_to_a_billionth(packed: nn.Module, plain: nn.Module, rows: list[
 
 
 def prepared(model: PreTrainedModel) -> PreTrainedModel:
-    add_lm_head(model, "cpu")
+    add_lm_head(model)
     use_shared_prompts(model)
     return model
 

@@ -99,10 +99,12 @@ def test_a_step_of_8_pairs_is_the_plain_loops_however_it_is_split(build, layout,
     assert training_records(trainer)[0]["loss"] == pytest.approx(loss, abs=1e-6)
 
 
-@pytest.mark.parametrize("budget", [30, 60, 1000])
+@pytest.mark.parametrize(
+    ("budget", "layout"), [(30, "packed"), (60, "packed"), (1000, "packed"), (60, "padded"), (150, "padded")]
+)
 @pytest.mark.parametrize("sft_weight", [0.0, 0.3])
-def test_a_step_divided_by_tokens_is_the_plain_loops_too(build, budget, sft_weight):
-    settings = {"max_tokens_per_micro_batch": budget, "sft_weight": sft_weight, "preprocessing": "exact"}
+def test_a_step_divided_by_tokens_is_the_plain_loops_too(build, budget, layout, sft_weight):
+    settings = {"max_tokens_per_micro_batch": budget, "sft_weight": sft_weight, "preprocessing": "exact", "pair_layout": layout}
     trainer = build(double(), per_device_train_batch_size=4, gradient_accumulation_steps=2, **settings)
     torch.testing.assert_close(trained(trainer), plain_sgd(double(), [ROWS], sft_weight=sft_weight), **ROUNDING)
     loss = reference.simpo_step_loss(double(), ROWS, **LOSS, sft_weight=sft_weight).item()
@@ -276,9 +278,10 @@ def test_a_token_budget_below_the_longest_pair_is_refused_with_its_length(build)
         build(max_tokens_per_micro_batch=25)
 
 
-def test_a_token_budget_is_refused_where_batches_are_padded(build):
-    with pytest.raises(UserError, match=r"max_tokens_per_micro_batch = 100: only packed batches are divided by tokens"):
-        build(max_tokens_per_micro_batch=100, pair_layout="padded")
+def test_a_token_budget_below_the_longest_padded_pair_is_refused_with_its_length(build):
+    """The pair of 4 + (20, 2) tokens, two rows of 24 where both are padded."""
+    with pytest.raises(UserError, match=r"max_tokens_per_micro_batch = 47: the longest pair has 48 tokens"):
+        build(max_tokens_per_micro_batch=47, pair_layout="padded")
 
 
 def test_a_trainer_without_tokenizer_is_refused(build):
@@ -626,3 +629,12 @@ def test_compute_loss_without_a_step_averages_its_own_batch(build):
     loss, scores = trainer.compute_loss(trainer.model, trainer.data_collator(ROWS[:3]), return_outputs=True)
     assert loss.item() == pytest.approx(reference.simpo_step_loss(double(), ROWS[:3], **LOSS).item(), abs=1e-6)
     assert len(scores.chosen_mean_logp) == 3
+
+
+@pytest.mark.parametrize(("count", "layers"), [("auto", 2), ("all", 2), (0, 0), (1, 1), (2, 2), (9, 2)])
+def test_layers_that_are_not_recomputed_change_no_number(build, count, layers):
+    settings = {"gradient_checkpointing": True, "recompute_layers": count, "learning_rate": LEARNING_RATE}
+    trainer = build(double(), **settings)
+    torch.testing.assert_close(trained(trainer), plain_sgd(double(), [ROWS]), **ROUNDING)
+    recomputed = [layer.gradient_checkpointing for layer in trainer.model.model.layers]
+    assert recomputed == [True] * layers + [False] * (2 - layers)

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 
-from alignment.data.chat import TEMPLATE_FOLDER
+from alignment.data.template import TEMPLATE_FOLDER
 from alignment.recipe.configs import DataArguments, ModelArguments
 from alignment.recipe.parser import H4ArgumentParser
 from scripts.dpo_config import DPOConfig
