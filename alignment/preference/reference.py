@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
+from transformers.trainer_utils import TrainOutput
 
 from ..data.prepare import pair_tokens
 from ..data.splits import fingerprint
@@ -65,7 +66,12 @@ class ScoredFirst(DurableTrainer):
         self.step_zero: dict[str, StepZero] = {}  # TRAIN, and the held-out sets by the prefix of their metrics
         self.reference_tables: dict[str, Tensor] = {}  # by the SHA-256 of the data
         super().__init__(*args, **kwargs)
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        # Behind every other callback: FSDP 2 leaves the last layers gathered after a forward, and shards are checked before.
+        self.remove_callback(BeforeTheFirstStep)
         self.add_callback(BeforeTheFirstStep(self))
+        return super().train(*args, **kwargs)
 
     @property
     def has_reference(self) -> bool:
