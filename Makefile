@@ -1,4 +1,4 @@
-# setup · quickstart · test · style · bench · gpu-proof
+# setup · quickstart · test · test-all · style · bench · gpu-proof
 # Every target first builds .venv where it is missing or older than the files that describe it.
 
 PYTHON ?= python3
@@ -9,7 +9,7 @@ RUN := $(VENV)/bin/python
 # One stamp for each set of extras, so that asking for another set installs it.
 STAMP := $(VENV)/installed-$(EXTRAS)
 
-.PHONY: setup quickstart test style bench gpu-proof
+.PHONY: setup quickstart test test-all test-trackers style bench gpu-proof
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -27,7 +27,14 @@ quickstart: $(STAMP)
 	@$(RUN) scripts/quickstart/run.py
 
 test: $(STAMP)
-	@$(RUN) -m pytest -n 2 --dist loadfile
+	@$(RUN) -m pytest -n 2 --dist loadfile --ignore=tests/trackers
+
+# Also what needs more packages than a run does.
+test-all: test
+	@$(MAKE) --no-print-directory test-trackers EXTRAS=dev,trackers
+
+test-trackers: $(STAMP)
+	@$(RUN) -m pytest tests/trackers
 
 style: $(STAMP)
 	@$(RUN) -m ruff check
