@@ -103,7 +103,7 @@ def keep_fsdp1_adapters() -> None:
 
 
 def modules_to_save(state_dict: dict[str, Tensor], adapter_name: str) -> dict[str, Tensor]:
-    """Of a whole model's weights those of layers that are trained whole, under the names that they have in an adapter's file."""
+    """Of a whole model's weights those of layers that are trained whole, named as in an adapter's file."""
     inner = f".modules_to_save.{adapter_name}."
     return {name.replace(inner, "."): weight for name, weight in state_dict.items() if inner in name}
 

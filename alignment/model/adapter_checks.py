@@ -101,7 +101,6 @@ def sharding_complaints(model_args: ModelArguments, args: TrainingArguments, con
             "(4 bits), accelerate_configs/multi_gpu.yaml, or LoRA"
         )
 
-
     # Each gathers the adapter's two matrices anew for each chunk of the head, of which processes have different numbers.
     if strategy in ("FSDP 1", "ZeRO-3") and (adapted := adapted_head(model_args, config)):
         yield (
@@ -112,6 +111,8 @@ def sharding_complaints(model_args: ModelArguments, args: TrainingArguments, con
 
 def adapted_head(model_args: ModelArguments, config: PreTrainedConfig) -> str | None:
     """The output layer, where the adapter that will be trained is on it; `all-linear` leaves it out."""
+    if not model_args.use_peft:
+        return None
     adapter = find_adapter(model_args) if continues(model_args, config) else None
     targets = adapter.config.target_modules if adapter is not None else model_args.lora_target_modules
     return next((name for target in targets or () if (name := target.rsplit(".", 1)[-1]) in HEADS), None)
