@@ -3,8 +3,8 @@
     python benchmarks/train_step.py [--data PAIRS.jsonl --tokenizer FOLDER --vocab N] [--layers N ...] [--device cuda]
 
 A step is the forward and backward of all pairs, in micro-batches, collation included. All contenders share one set of random
-weights, get the same pairs, must report the same loss, and take turns; what is printed are medians over repeats, with the
-smallest and the largest. Seconds are those of all cores together on a CPU, and the device's on a GPU. A contender may be
+weights, get the same pairs, must report the same loss, and on a CPU take turns; what is printed are medians over repeats, with
+the smallest and the largest. Seconds are those of all cores together on a CPU, and the device's on a GPU. A contender may be
 given micro-batches of its own: `published@8` has 8 pairs in each, `packed@16384t` 16,384 tokens.
 """
 
@@ -284,26 +284,42 @@ def take_turns(
 
     Raises AssertionError if a contender's mean loss is not the first one's.
     """
-    device = torch.device(args.device)
     seconds: dict[str, list[float]] = {contender.name: [] for contender in contenders}
+    means: dict[str, list[float]] = {contender.name: [] for contender in contenders}
     peaks: dict[str, float] = {}
-    for contender in contenders:
-        warm_up = {len(contender.micro_batches) - 1: contender.micro_batches[-1], 0: largest_micro_batch(contender)}
-        train(model, contender, list(warm_up.values()))
-    for repeat in range(args.repeats):
-        means = []
+    if args.device == "cuda":
+        # One after the other: what one has freed does not suit the next, and the device is slow to give memory.
         for contender in contenders:
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats()
-            passed, mean = timed(device, partial(train, model, contender))
-            seconds[contender.name].append(passed)
-            means.append(mean.item())
-            if device.type == "cuda":
-                peaks[contender.name] = peak_memory_gb(device)
-        equal = all(math.isclose(mean, means[0], rel_tol=TOLERANCE[args.dtype]) for mean in means)
-        assert equal, f"losses differ in repeat {repeat}: {dict(zip(seconds, means, strict=True))}"
+            torch.cuda.empty_cache()
+            warm_up(model, contender)
+            torch.cuda.reset_peak_memory_stats()
+            for _ in range(args.repeats):
+                measure(model, contender, seconds, means)
+            peaks[contender.name] = peak_memory_gb(model.device)
+    else:
+        for contender in contenders:
+            warm_up(model, contender)
+        for _ in range(args.repeats):
+            for contender in contenders:
+                measure(model, contender, seconds, means)
+    expected = next(iter(means.values()))[0]
+    equal = all(math.isclose(mean, expected, rel_tol=TOLERANCE[args.dtype]) for own in means.values() for mean in own)
+    assert equal, f"losses differ: {means}"
     return seconds, peaks
+
+
+def warm_up(model: PreTrainedModel, contender: Contender) -> None:
+    """Compile what is compiled, and get the memory that the largest micro-batch asks for."""
+    for rows in {len(contender.micro_batches) - 1: contender.micro_batches[-1], 0: largest_micro_batch(contender)}.values():
+        train(model, contender, [rows, rows])
+
+
+def measure(
+    model: PreTrainedModel, contender: Contender, seconds: dict[str, list[float]], means: dict[str, list[float]]
+) -> None:
+    passed, mean = timed(model.device, partial(train, model, contender))
+    seconds[contender.name].append(passed)
+    means[contender.name].append(mean.item())
 
 
 def largest_micro_batch(contender: Contender) -> list[Row]:
