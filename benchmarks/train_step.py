@@ -450,9 +450,9 @@ def report(
     unit = "CPU s" if device.type == "cpu" else "GPU s"
     print(
         f"{args.method}: {args.model_type}, {model.num_parameters() / 1e6:,.0f}M parameters, vocabulary {args.vocab:,}, "
-        f"{args.dtype}, attention {args.attn}, gradient checkpointing {'on' if args.gradient_checkpointing else 'off'}, layers recomputed by "
-        f"this suite: {'all' if args.recompute_layers is None else args.recompute_layers}; {args.repeats} repeats of "
-        f"{len(rows)} pairs, {pairs} a micro-batch where a name says nothing else"
+        f"{args.dtype}, attention {args.attn}, gradient checkpointing {'on' if args.gradient_checkpointing else 'off'}, layers "
+        f"recomputed by this suite: {'all' if args.recompute_layers is None else args.recompute_layers}; "
+        f"{args.repeats} repeats of {len(rows)} pairs, {pairs} a micro-batch where a name says nothing else"
     )
     prompt, response = mean_lengths(rows)
     print(
