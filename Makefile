@@ -1,4 +1,4 @@
-# setup · quickstart · test · test-torch-2.11 · style · bench · gpu-proof
+# setup · quickstart · test · test-all · test-torch-2.11 · style · bench · gpu-proof
 # Every target first builds .venv where it is missing or older than the files that describe it.
 
 PYTHON ?= python3
@@ -10,7 +10,7 @@ OLD_TORCH := .venv-torch-2.11
 # One stamp for each set of extras, so that asking for another set installs it.
 STAMP := $(VENV)/installed-$(EXTRAS)
 
-.PHONY: setup quickstart test test-torch-2.11 style bench gpu-proof
+.PHONY: setup quickstart test test-all test-trackers test-torch-2.11 style bench gpu-proof
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -28,7 +28,14 @@ quickstart: $(STAMP)
 	@$(RUN) scripts/quickstart/run.py
 
 test: $(STAMP)
-	@$(RUN) -m pytest -n 2 --dist loadfile
+	@$(RUN) -m pytest -n 2 --dist loadfile --ignore=tests/trackers
+
+# Also what needs more packages than a run does.
+test-all: test
+	@$(MAKE) --no-print-directory test-trackers EXTRAS=dev,trackers
+
+test-trackers: $(STAMP)
+	@$(RUN) -m pytest tests/trackers
 
 style: $(STAMP)
 	@$(RUN) -m ruff check
@@ -48,7 +55,7 @@ $(OLD_TORCH)/installed: setup.cfg pyproject.toml constraints.txt
 	@touch $@
 
 bench: $(STAMP)
-	@for file in benchmarks/*.py; do echo "== $$file"; $(RUN) $$file || exit 1; done
+	@for file in $(filter-out benchmarks/gpu_proof.py,$(wildcard benchmarks/*.py)); do echo "== $$file"; $(RUN) $$file || exit 1; done
 
 # Not in .venv, but by the interpreter that has a torch for the GPU: make gpu-proof PYTHON=python3 PROOF="--out proof"
 gpu-proof:
