@@ -322,6 +322,11 @@ def test_the_run_ends_with_a_model_that_scores_the_held_out_pairs_as_reported(na
     assert_scores_as_reported(launched(strategy).folder / name, held_out)
 
 
+@pytest.mark.parametrize(("strategy", "name"), [(s, name) for s, name in TRAINED_HEADS if name.endswith("ed head")])
+def test_an_adapter_with_a_head_of_its_own_is_saved_whole_under_sharding(strategy, name, launched, held_out):
+    assert_scores_as_reported(launched(strategy).folder / name, held_out)
+
+
 @pytest.mark.parametrize("strategy", LEFT_IN_SHARDS)
 def test_the_end_is_whole_where_the_launcher_leaves_checkpoints_in_shards(strategy, launched, held_out):
     assert_scores_as_reported(launched(strategy).folder / "sharded", held_out)
