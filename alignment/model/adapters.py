@@ -20,7 +20,7 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.integrations import deepspeed as hf_deepspeed
-from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, cached_file
 
 from ..errors import UserError
 from ..launch.turns import one_process_at_a_time
@@ -276,8 +276,8 @@ def start_identity(model_args: ModelArguments) -> str:
     """Which weights training begins with: a commit of the Hub or a folder's fingerprint, of an adapter and of its base."""
     adapter = find_adapter(model_args)
     own = Source(model_args.model_name_or_path, model_args.model_revision)
-    sources = [own] if adapter is None else [adapter.source, adapter.base]
-    return " ".join(pinned(source).revision or weights_fingerprint(Path(source.name)) for source in sources)
+    sources = [pinned(own)] if adapter is None else [pinned(adapter.source, ADAPTER_CONFIG_NAME), pinned(adapter.base)]
+    return " ".join(source.revision or weights_fingerprint(Path(source.name)) for source in sources)
 
 
 def weights_fingerprint(folder: Path) -> str:

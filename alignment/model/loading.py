@@ -73,11 +73,14 @@ def find_adapter(model_args: ModelArguments) -> Adapter | None:
     return Adapter(source, Source(config.base_model_name_or_path, revision), config)
 
 
-def pinned(source: Source) -> Source:
-    """The same model, wherever and whenever it is read: a folder's whole path, or a Hub name with its commit."""
+def pinned(source: Source, file: str = CONFIG_NAME) -> Source:
+    """The same model, wherever and whenever it is read: a folder's whole path, or a Hub name with its commit.
+
+    file: one that it has; an adapter has no config.json.
+    """
     if Path(source.name).is_dir():
         return Source(str(Path(source.name).resolve()), None)
-    commit = extract_commit_hash(cached_file(source.name, CONFIG_NAME, revision=source.revision), None)
+    commit = extract_commit_hash(cached_file(source.name, file, revision=source.revision), None)
     return Source(source.name, commit or source.revision)
 
 

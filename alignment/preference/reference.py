@@ -28,6 +28,7 @@ from ..errors import UserError
 from ..run.checkpoints import RECIPE_FILE, Damaged, seal, verify
 from ..run.durable import DurableTrainer, EvaluationCut
 from ..run.resuming import recipe_differences
+from ..run.run_folder import umask
 from .collate import Batch, PaddedCollator
 from .configs import PairConfig
 from .scores import PairScores
@@ -279,7 +280,7 @@ def save_step_zero(folder: Path, sets: dict[str, StepZero], recipe: str | None) 
     for name, scored in sets.items():
         path = folder / f"{name}.safetensors"
         save_file(scored.columns, path, metadata={"data": scored.data})
-        path.chmod(0o644)  # safetensors leaves 0600
+        path.chmod(0o666 & ~umask())  # safetensors leaves 0600, whatever the user's umask lets others read
     if recipe is not None:
         (folder / RECIPE_FILE).write_text(recipe, encoding="utf-8")
 

@@ -78,8 +78,10 @@ def scores(model: PreTrainedModel, workspace: Path) -> Tensor:
 
 
 def reported(folder: Path) -> Tensor:
+    """As `scores`, by the run at its end."""
     pairs = [json.loads(line) for line in (folder / "eval_pairs.jsonl").read_text().splitlines()]
-    return torch.tensor([pair[f"{side}_reward"] / BETA for side in ("chosen", "rejected") for pair in pairs])
+    end = [pair for pair in pairs if pair["step"] > 0]
+    return torch.tensor([pair[f"{side}_reward"] / BETA for side in ("chosen", "rejected") for pair in end])
 
 
 def losses(trainer: SimPOTrainer) -> list[float]:
@@ -297,7 +299,7 @@ def test_a_folder_that_is_in_the_way_of_the_merged_model_is_not_deleted(workspac
     mine.write_text("mine")
     with pytest.raises(SystemExit):
         main(SIMPO, [recipe_file(workspace, tmp_path, model_name_or_path=str(workspace / "sft"))])
-    assert "is in the way of the merged model" in capsys.readouterr().err
+    assert "base in it are no run's" in capsys.readouterr().err
     assert mine.read_text() == "mine"
 
 

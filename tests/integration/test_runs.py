@@ -230,7 +230,7 @@ def test_push_to_hub_comes_last_and_sends_the_card_with_its_figures(workspace, t
     [
         ({"gama_beta_ratio": 0.5}, [], "did you mean 'gamma_beta_ratio'?"),
         ({}, ["--beta=-1"], "--beta=-1: must be positive"),
-        ({"model_name_or_path": None}, [], "names no model_name_or_path"),
+        ({"model_name_or_path": None}, [], "model_name_or_path is missing"),
         ({"model_name_or_path": "no/such-model"}, [], "no/such-model"),
         ({"dataset_mixer": {"nowhere.jsonl": 1.0}}, [], "nowhere.jsonl"),
         ({"attn_implementation": "flash_attention_2"}, [], "set attn_implementation: sdpa"),

@@ -91,7 +91,8 @@ def test_do_eval_false_evaluates_nothing_and_needs_no_test_split(server, recipe,
 def test_every_held_out_row_counts_once_though_training_drops_its_last_batch(rows, server, recipe, tmp_path):
     options = ["--dataloader_drop_last", f"--per_device_eval_batch_size={rows}", "--max_steps=2", "--eval_steps=2"]
     go_on(server, recipe, tmp_path, *options)
-    assert len((tmp_path / "eval_pairs.jsonl").read_text().splitlines()) == 6
+    steps = [json.loads(line)["step"] for line in (tmp_path / "eval_pairs.jsonl").read_text().splitlines()]
+    assert steps == [0] * 6 + [2] * 6
     assert json.loads((tmp_path / "eval_results.json").read_text())["eval_samples"] == 6
 
 
