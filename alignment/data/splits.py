@@ -120,7 +120,8 @@ def tokenize_conversation_rows(
         add_system=run_.data_args.auto_insert_empty_system_msg,
         num_proc=run_.workers,
     )
-    tokens = prepare.to_sequences(texts, tokenizer, num_proc=run_.workers)
+    preprocessing = run_.training_args.preprocessing
+    tokens = prepare.to_sequences(texts, tokenizer, num_proc=run_.workers, preprocessing=preprocessing)
     return tokens, [f"tokens (median / 95 % / max): {prepare.spread(prepare.sequence_lengths(tokens))}"]
 
 

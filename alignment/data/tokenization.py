@@ -54,9 +54,14 @@ def prompts_agree(chosen: list[int], rejected: list[int]) -> bool:
     return different <= 1 and abs(len(chosen) - len(rejected)) <= 1
 
 
-def add_ends(part: Response, tokenizer: PreTrainedTokenizerBase, *, add_eos: bool) -> Response:
+def writes_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer itself puts its bos in front of a text, as it does when it serves one."""
+    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+
+
+def add_ends(part: Response, tokenizer: PreTrainedTokenizerBase, *, add_eos: bool, add_bos: bool = True) -> Response:
     """One bos in front of the prompt, and an eos behind the response, where the tokenizer has them and they are missing."""
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    bos, eos = tokenizer.bos_token_id if add_bos else None, tokenizer.eos_token_id
     prompt = part.prompt if bos is None or part.prompt[:1] == [bos] else [bos, *part.prompt]
     response = part.response if not add_eos or eos is None or part.response[-1:] == [eos] else [*part.response, eos]
     return Response(prompt, response)
@@ -86,7 +91,13 @@ def truncate_exact(part: Response, longer: int, rules: LengthRules, *, bos: int 
 
 
 def tokenize_pair(
-    prompt: list[int], chosen: list[int], rejected: list[int], tokenizer: PreTrainedTokenizerBase, rules: LengthRules
+    prompt: list[int],
+    chosen: list[int],
+    rejected: list[int],
+    tokenizer: PreTrainedTokenizerBase,
+    rules: LengthRules,
+    *,
+    add_bos: bool = True,
 ) -> dict[str, Any]:
     """One pair, from the ids of its prompt and of prompt + response, to what is trained on.
 
@@ -97,7 +108,7 @@ def tokenize_pair(
     if not prompts_agree(parts[0].prompt, parts[1].prompt):
         raise ValueError("chosen and rejected do not begin with the same prompt tokens; the tokenizer merges across turns")
     # `exact` leaves the template's own end of turn as it is: generation stops there.
-    whole = [add_ends(part, tokenizer, add_eos=rules.preprocessing == "published") for part in parts]
+    whole = [add_ends(part, tokenizer, add_eos=rules.preprocessing == "published", add_bos=add_bos) for part in parts]
     longer = max(len(part.response) for part in whole)
     if rules.preprocessing == "published":
         cut = [truncate_published(part, longer, rules) for part in whole]
@@ -146,17 +157,24 @@ def tokenize_pairs(
     Adds `index`, the row of the pair in its split. Raises UserError naming the row that cannot be tokenized.
     """
     columns = encode_pairs(tokenizer, *(batch[column] for column in ("prompt", *SIDES)))
+    # `exact` adds no bos that nothing would write in front of a prompt that is served.
+    add_bos = rules.preprocessing == "published" or writes_bos(tokenizer)
     rows = []
     for index, prompt, chosen, rejected in zip(indices, *columns, strict=True):
         try:
-            rows.append({**tokenize_pair(prompt, chosen, rejected, tokenizer, rules), "index": index})
+            rows.append({**tokenize_pair(prompt, chosen, rejected, tokenizer, rules, add_bos=add_bos), "index": index})
         except ValueError as error:
             raise UserError(f"row {index}: {error}") from error
     return {key: [row[key] for row in rows] for key in rows[0]}
 
 
-def tokenize_texts(batch: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[list[int]]]:
-    """A batch of whole conversations (column text) as token ids, each with one bos where the tokenizer has it."""
-    bos = tokenizer.bos_token_id
+def tokenize_texts(
+    batch: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase, preprocessing: str = "published"
+) -> dict[str, list[list[int]]]:
+    """A batch of whole conversations (column text) as token ids, each with one bos where the tokenizer has it.
+
+    `exact`: where the text or the tokenizer writes one.
+    """
+    bos = tokenizer.bos_token_id if preprocessing == "published" or writes_bos(tokenizer) else None
     ids = encode_texts(tokenizer, batch["text"])
     return {"input_ids": [row if bos is None or row[:1] == [bos] else [bos, *row] for row in ids]}
