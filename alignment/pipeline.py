@@ -5,44 +5,40 @@ import logging
 import os
 import sys
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from types import SimpleNamespace
+from typing import Any
 
 import datasets
 import huggingface_hub.constants
-import torch
 import transformers
 import yaml
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from datasets import Dataset
-from peft import PeftModel
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerState, TrainingArguments, set_seed
 
 from .data.splits import DataKind, fingerprint, ready_tokenizer, tokenized_splits
-from .errors import TrainingStopped, UserError
+from .errors import Problem, TrainingStopped, UserError
 from .launch.launch import check_launch, outwait_compilers
-from .launch.strategy import layout, save_whole_model, take_strategy
-from .model.adapter_checks import bits_of, check_adapters
-from .model.adapters import base_identity, settle_adapter, starting_point, trained_base
-from .model.companions import companion_folders, copy_companions, licence_of
-from .model.config_files import whole_model
-from .model.endings import stop_at
-from .model.loading import check_attention, check_model_path, model_init_kwargs, weights_source
-from .model.precision import Rounded, checkpoint_dtype
-from .model.saved import ROWS, TOKENS, refuse_another_model, rehearse, spoken
+from .launch.strategy import layout, take_strategy
+from .launch.turns import decided_by_main
+from .leaving import before_rounding, describe_files, save, settle_end
+from .model.adapter_checks import check_adapters
+from .model.adapters import base_identity, settle_adapter, start_identity, starting_point
+from .model.loading import check_attention, check_model_path, model_init_kwargs
 from .recipe.configs import DataArguments, ModelArguments, Run, RunArguments
-from .recipe.parser import H4ArgumentParser, full_recipe
-from .report.saved_files import complete_card
+from .recipe.parser import Check, H4ArgumentParser, full_recipe
+from .recipe.rehearsal import loading_problems, metric_problem, rehearse
 from .run.checkpoints import Checkpoint, Identity
-from .run.durable import DurableTrainer, EvaluationCut
+from .run.durable import TRAINER_STATE, DurableTrainer, EvaluationCut
 from .run.failures import record_crash, report
 from .run.hub import bounded, check_hub, push_run, repository_name
+from .run.output import outlast_readers
 from .run.records import RunRecords, write_jsonl, write_run_folder
 from .run.resuming import (
     AFRESH,
@@ -53,11 +49,11 @@ from .run.resuming import (
     refuse_other_layout,
     refuse_other_recipe,
 )
-from .run.run_folder import find_launch, mark_launch, only_writer, read_status, write_status
+from .run.run_folder import find_launch, folder_problems, mark_launch, only_writer, read_status, run_date, today, write_status
 from .run.signals import RunInterrupted, StopSignals
+from .run.trackers import close_trackers, tracker_problems, watch_trackers, without_disabled
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -74,11 +70,14 @@ def main(method: Method, argv: Sequence[str] | None = None) -> None:
     """Run `method` on the command line; exit with 2 for a user's mistake, 1 for a run that had to stop, 75 for one to go on."""
     # TRL reports each trainer's name to the Hub when it is built; nothing leaves this machine unasked.
     huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True
+    outlast_readers()
     try:
         run(method, argv)
         PartialState().destroy_process_group()  # gloo's threads can abort a process that ends with them running
     except UserError as error:
         sys.exit(report(error, status=2))
+    except KeyboardInterrupt:  # before the run listens to signals
+        sys.exit(report(RunInterrupted("stopped by SIGINT, before anything was begun."), status=75))
     except RunInterrupted as error:
         sys.exit(bounded(report(error, status=75)))  # EX_TEMPFAIL: start it again
     except TrainingStopped as error:
@@ -98,14 +97,16 @@ def run(method: Method, argv: Sequence[str] | None = None) -> DurableTrainer | N
     TrainingStopped if training broke down.
     """
     parser = H4ArgumentParser((ModelArguments, DataArguments, method.config))
-    model_args, data_args, training_args = parser.parse(argv)
+    model_args, data_args, training_args = parser.parse(argv, recipe_checks(method))
     set_up_logging(training_args)
-    for notice in parser.notices:
+    for notice in (*parser.notices, *settle(training_args, parser.recipe)):
         logger.info(notice)
-    run_ = Run(model_args, data_args, training_args, full_recipe(parser.recipe, parser.dataclass_types))
-    check(run_)
+    logger.info("Objective: %s.", training_args.objective)
+    recipe = training_args.followed_defaults | parser.recipe
+    run_ = Run(model_args, data_args, training_args, full_recipe(recipe, parser.dataclass_types))
+    check(run_, parser)
     if training_args.prepare_only:
-        tokenized_splits(method.data, ready_tokenizer(run_), run_)
+        tokenized_splits(method.data, ready_tokenizer(run_), run_._replace(date=today()))
         logger.info("The data is prepared, in %s; nothing was trained (prepare_only).", datasets.config.HF_DATASETS_CACHE)
         return None
     stop = StopSignals()
@@ -127,6 +128,8 @@ def carry_out(method: Method, run_: Run, stop: StopSignals) -> DurableTrainer | 
     """The run, from its checkpoint or from the start, to its end; None if it has been there before."""
     args = run_.training_args
     has_ended, checkpoint = where_to_begin(run_)
+    begun = run_.output_dir if has_ended else checkpoint and checkpoint.path.parent
+    run_ = run_._replace(date=decided_by_main(lambda: run_date(run_.output_dir, begun)))
     set_seed(args.seed)
     tokenizer = ready_tokenizer(run_)
     splits = tokenized_splits(method.data, tokenizer, run_)
@@ -137,28 +140,37 @@ def carry_out(method: Method, run_: Run, stop: StopSignals) -> DurableTrainer | 
     if checkpoint is not None:
         refuse_other_data(checkpoint, data)
     trainer = build_trainer(method, run_, tokenizer, splits)
+    watch_trackers(trainer, run_.recipe, resumed_log=None if checkpoint is None else logged(checkpoint))
     trainer.stop = stop
     trainer.identity = identity_of(trainer, run_, data, checkpoint)
     if checkpoint is not None:
         trainer.evaluation_due = checkpoint.manifest.get("evaluation_due", False)
     if trainer.is_world_process_zero():
         write_run_folder(run_)
-    with stop.deferred():
-        enter(trainer, "training")
-        train(trainer, checkpoint)
-        enter(trainer, "ending")
-        save(trainer, run_)
-        if args.do_eval:
+    try:
+        with stop.deferred():
+            enter(trainer, "training")
+            train(trainer, checkpoint)
             enter(trainer, "ending")
-            evaluate(trainer, run_)
-        enter(trainer, "ending")
-        finish(trainer, run_)
-        if args.push_to_hub:
-            enter(trainer, "finished", pushed=False)
-            push(run_, stop, before=trainer.push)
-        else:
-            enter(trainer, "finished")
+            save(trainer, run_)
+            if args.do_eval:
+                enter(trainer, "ending")
+                evaluate(trainer, run_)
+            enter(trainer, "ending")
+            finish(trainer, run_)
+            if args.push_to_hub:
+                enter(trainer, "finished", pushed=False)
+                push(run_, stop, before=trainer.push)
+            else:
+                enter(trainer, "finished")
+    finally:
+        close_trackers(trainer)
     return trainer
+
+
+def logged(checkpoint: Checkpoint) -> list[dict[str, Any]]:
+    """What the run had logged when the checkpoint was written."""
+    return TrainerState.load_from_json(str(checkpoint.path / TRAINER_STATE)).log_history
 
 
 def where_to_begin(run_: Run) -> tuple[bool, Checkpoint | None]:
@@ -184,12 +196,13 @@ def identity_of(trainer: DurableTrainer, run_: Run, data: str, checkpoint: Check
     """What the checkpoints of this run will say of it. Raises UserError if that is not what `checkpoint` says."""
     strategy, processes = layout(trainer.accelerator), run_.training_args.world_size
     base = decided_by_main(lambda: base_identity(trainer, run_.model_args))
+    start = decided_by_main(lambda: start_identity(run_.model_args))
     run_id = decided_by_main(lambda: uuid.uuid4().hex[:12])
     if checkpoint is not None:
         refuse_other_layout(checkpoint, strategy, processes)
         refuse_other_base(checkpoint, base)
         run_id = checkpoint.manifest.get("run_id", run_id)
-    return Identity(run_id, run_.recipe, data, base, strategy, processes, run_.rows_per_step)
+    return Identity(run_id, run_.recipe, data, base, strategy, processes, run_.rows_per_step, start)
 
 
 def end_again(run_: Run, data: str, stop: StopSignals) -> None:
@@ -201,11 +214,6 @@ def end_again(run_: Run, data: str, stop: StopSignals) -> None:
     logger.info(
         "%s: this run is finished; nothing is left to do (--resume_from_checkpoint=never starts it afresh).", run_.output_dir
     )
-
-
-def decided_by_main(decide: Callable[[], T]) -> T:
-    """What the main process decides, on all of them; an error on it ends the others through the launcher."""
-    return broadcast_object_list([decide() if PartialState().is_main_process else None])[0]
 
 
 def refuse_restart_of_a_stop(output_dir: Path, restarts: int) -> None:
@@ -239,7 +247,8 @@ def enter(trainer: DurableTrainer, state: str, **more: Any) -> None:
         trainer.leave()
     if trainer.is_world_process_zero():
         facts = trainer.facts() | more
-        write_status(Path(trainer.args.output_dir), state, max_steps=trainer.state.max_steps, **facts)
+        steps = {"max_steps": trainer.state.max_steps} if trainer.state.max_steps else {}  # not known before the first step
+        write_status(Path(trainer.args.output_dir), state, **steps, **facts)
 
 
 # ---- Before anything is loaded ----
@@ -258,12 +267,35 @@ def set_up_logging(args: TrainingArguments) -> None:
         datasets.disable_progress_bars()
 
 
-def check(run_: Run) -> None:
+def recipe_checks(method: Method) -> list[Check]:
+    """What no dataclass can know; its problems stand in the one message about a recipe."""
+    return [missing_names, rehearse, partial(unknown_metric, method), folder_problems, tracker_problems]
+
+
+def missing_names(values: SimpleNamespace) -> list[Problem]:
+    """What no run can do without."""
+    return [Problem(key, None, "is missing") for key in ("model_name_or_path", "dataset_mixer") if not getattr(values, key)]
+
+
+def unknown_metric(method: Method, values: SimpleNamespace) -> list[Problem]:
+    problem = metric_problem(values.metric_for_best_model, method.config.metrics(values))
+    return [problem] if problem else []
+
+
+def settle(args: RunArguments, recipe: dict[str, Any]) -> list[str]:
+    """What the environment and two settings together make of the arguments; a line for each."""
+    notices = []
+    if recipe.get("do_eval") is False and str(recipe.get("eval_strategy", "no")) != "no":
+        notices.append(f"do_eval is false: eval_strategy = {recipe['eval_strategy']} has no effect")
+    if (kept := without_disabled(args.report_to)) != args.report_to:
+        args.report_to = kept
+        notices.append("WANDB_DISABLED is set: nothing is reported to wandb")
+    return notices
+
+
+def check(run_: Run, parser: H4ArgumentParser) -> None:
     """Raises UserError for what the recipe alone shows to be impossible here."""
-    model_args, data_args, args, _ = run_
-    for key, value in (("model_name_or_path", model_args.model_name_or_path), ("dataset_mixer", data_args.dataset_mixer)):
-        if not value:
-            raise UserError(f"the recipe names no {key}")
+    model_args, _, args, *_ = run_
     if args.n_gpu > 1:
         raise UserError(
             f"{args.n_gpu} GPUs are visible to one process; start with `accelerate launch --config_file "
@@ -273,6 +305,7 @@ def check(run_: Run) -> None:
         check_launch(args, os.environ)
         check_attention(model_args.attn_implementation, use_cpu=args.use_cpu)
     config = check_model_path(model_args)
+    parser.refuse(loading_problems(args.model_init_kwargs, config))
     if not args.prepare_only:
         check_adapters(model_args, args, config)
         if args.push_to_hub and args.process_index == 0:
@@ -299,34 +332,19 @@ def build_trainer(method: Method, run_: Run, tokenizer: PreTrainedTokenizerBase,
     )
     settle_adapter(trainer, run_.model_args)
     trainer.dataset_names = list(run_.data_args.dataset_mixer)
+    trainer.template_settings = run_.data_args.chat_template_kwargs
     take_strategy(trainer)
     settle_end(trainer, run_)
     return trainer
-
-
-def settle_end(trainer: DurableTrainer, run_: Run) -> None:
-    """What the folder will say that the run leaves, tried before it is trained for."""
-    args, model, tokenizer = run_.training_args, trainer.bare_model(), trainer.processing_class
-    trainer.saved_eos = stop_at(whole_model(model), tokenizer, taught=run_.data_args.chat_template is not None)
-    if not isinstance(model, PeftModel):
-        trainer.saves_in = args.save_dtype or checkpoint_dtype(trainer.config_as_came, *weights_source(run_.model_args))
-    rows, trusted = sample_rows(trainer.train_dataset), run_.model_args.trust_remote_code
-    came, eos = trainer.config_as_came, trainer.saved_eos
-    decided_by_main(lambda: rehearse(model, tokenizer, came, rows, eos_token=eos, trust_remote_code=trusted))
-
-
-def sample_rows(data: Dataset) -> list[list[int]]:
-    """The beginnings of a few training rows, in token ids."""
-    columns = [name for name in data.column_names if name.endswith("input_ids")]
-    return [ids[:TOKENS] for row in data.select(range(min(ROWS, len(data)))) for ids in (row[name] for name in columns)]
 
 
 def train(trainer: DurableTrainer, checkpoint: Checkpoint | None) -> None:
     if checkpoint is not None:
         logger.info("Resuming from %s.", checkpoint.path)
     metrics = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.path)).metrics
-    if checkpoint is not None and checkpoint.step == trainer.state.global_step:
-        return  # trained before: only its end was missing
+    trained_before = checkpoint is not None and checkpoint.step == trainer.state.global_step
+    if trained_before and Path(trainer.args.output_dir, "train_results.json").is_file():
+        return  # only the end was missing
     metrics["train_samples"] = len(trainer.train_dataset)
     trainer.log_metrics("train", metrics)
     trainer.save_metrics("train", metrics)
@@ -336,44 +354,8 @@ def train(trainer: DurableTrainer, checkpoint: Checkpoint | None) -> None:
 # ---- After training ----
 
 
-def save(trainer: DurableTrainer, run_: Run) -> None:
-    """The model into output_dir, in the type it is to have, and then read again: it must be the one that was trained."""
-    round_to_saved(trainer)
-    rows = sample_rows(trainer.train_dataset)
-    wanted = spoken(trainer.model_wrapped, rows)
-    save_whole_model(trainer)
-    if trainer.is_world_process_zero():
-        folder = Path(trainer.args.output_dir)
-        for source in companion_folders(run_.model_args):
-            copy_companions(source, folder)
-        logger.info("Model saved to %s.", folder)
-    decided_by_main(lambda: refuse_another_end(trainer, rows, wanted))
-
-
-def round_to_saved(trainer: DurableTrainer) -> None:
-    """What is evaluated, and saved, is what the saved type can hold."""
-    if trainer.saves_in is None:
-        return
-    model = trainer.bare_model()
-    trainer.rounded = Rounded(trainer.model, getattr(torch, trainer.saves_in), model)
-    trained = str(model.dtype).removeprefix("torch.")
-    logger.info(
-        "Weights are saved in %s, as the checkpoint's (save_dtype changes it); they were trained in %s%s.", trainer.saves_in,
-        trained, " and are evaluated as they are saved" if trainer.rounded.before else "",
-    )  # fmt: skip
-
-
-def refuse_another_end(trainer: DurableTrainer, rows: list[list[int]], wanted: list[Tensor]) -> None:
-    args = trainer.args
-    model = trainer.bare_model()
-    half = args.bf16 or args.fp16 or model.dtype != torch.float32
-    refuse_another_model(
-        Path(args.output_dir), model, trainer.processing_class, rows, wanted, init_kwargs=args.model_init_kwargs, half=half
-    )
-
-
 def evaluate(trainer: Trainer, run_: Run) -> None:
-    """eval_results.json, and where the trainer scores pairs, eval_pairs.jsonl with every held-out pair's figures."""
+    """eval_results.json, and where the trainer scores pairs, eval_pairs.jsonl with each held-out one's, before and after."""
     unrounded = trainer.unrounded_figures = before_rounding(trainer)
     try:
         metrics = trainer.evaluate()
@@ -382,18 +364,8 @@ def evaluate(trainer: Trainer, run_: Run) -> None:
     metrics["eval_samples"] = len(trainer.eval_dataset)
     trainer.log_metrics("eval", metrics)
     trainer.save_metrics("eval", metrics | ({"eval_before_rounding": unrounded} if unrounded else {}))
-    pairs = getattr(trainer, "eval_pairs", {}).get("eval")
-    if pairs is not None and trainer.is_world_process_zero():
-        columns = [column.tolist() for column in pairs.values()]
-        records = [dict(zip(pairs, values, strict=True)) for values in zip(*columns, strict=True)]
-        write_jsonl(run_.output_dir / "eval_pairs.jsonl", records)
-
-
-def before_rounding(trainer: DurableTrainer) -> dict[str, float]:
-    """Figures of the weights as they were trained, where a step evaluated those and others are saved."""
-    step = trainer.state.best_global_step if trainer.args.load_best_model_at_end else trainer.state.global_step
-    records = [record for record in trainer.state.log_history if "eval_loss" in record and record["step"] == step]
-    return records[-1] if records and trainer.rounded is not None and trainer.rounded.before else {}
+    if hasattr(trainer, "pair_records") and trainer.is_world_process_zero():
+        write_jsonl(run_.output_dir / "eval_pairs.jsonl", trainer.pair_records())
 
 
 def finish(trainer: Trainer, run_: Run) -> None:
@@ -402,45 +374,13 @@ def finish(trainer: Trainer, run_: Run) -> None:
     if trainer.is_world_process_zero():
         from .report.curves import plot_curves, read_metrics  # matplotlib takes a second to import
 
-        plot_curves(read_metrics(run_.output_dir / "metrics.jsonl"), run_.output_dir / "curves.png", run_.output_dir.name)
+        records, picture = read_metrics(run_.output_dir / "metrics.jsonl"), run_.output_dir / "curves.png"
+        plot_curves(records, picture, run_.output_dir.name, run_.training_args.objective)
     if trainer.args.push_to_hub:
         trainer.hub_model_id = repository_name(trainer.args)  # for TRL's card
     trainer.create_model_card()
     if trainer.is_world_process_zero():
-        card = run_.output_dir / "README.md"
-        card.write_text(complete_card(card.read_text(encoding="utf-8"), **files_facts(trainer, run_)), encoding="utf-8")
-
-
-def files_facts(trainer: DurableTrainer, run_: Run) -> dict[str, Any]:
-    """What the card says of the files: see `complete_card`."""
-    model, unrounded = trainer.bare_model(), trainer.unrounded_figures
-    dtype = str(model.dtype).removeprefix("torch.")
-    saved = trainer.saves_in or dtype
-    base, licence = weights_source(run_.model_args), licence_of(run_.model_args)
-    rows = {"Weights": saved if saved == dtype else f"{saved}, trained in {dtype}"}
-    metadata: dict[str, Any] = {**licence, "base_model_relation": "finetune"}
-    tags: list[str] = []
-    if isinstance(model, PeftModel):
-        adapter = model.peft_config[model.active_adapter]
-        merged = trained_base(run_.model_args, run_.training_args).name
-        rows = {"Weights": f"a LoRA adapter (rank {adapter.r}, alpha {adapter.lora_alpha}) of `{merged}`"}
-        metadata |= {"library_name": "peft", "base_model": base.name, "base_model_relation": "adapter"}
-        tags = ["lora"]
-        if bits := bits_of(run_.model_args, model.config):
-            kind = f", {run_.model_args.bnb_4bit_quant_type}" if bits == 4 else ""
-            rows["Base while training"] = (
-                f"quantised to {bits} bits (bitsandbytes{kind}); on a base of another precision it gives other "
-                "log-probabilities than those above"
-            )
-            tags.append(f"{bits}-bit")
-    if licence:
-        rows["Licence of the base"] = str(licence.get("license_name") or licence["license"])
-    as_saved = [record for record in trainer.state.log_history if "eval_loss" in record][-1:]
-    figures = [{key.removeprefix("eval_"): value for key, value in record.items()} for record in (*as_saved, unrounded)]
-    return {
-        "rows": rows, "metadata": metadata, "tags": tags,
-        "as_saved": figures[0] if as_saved else {}, "unrounded": figures[-1] if as_saved else {},
-    }  # fmt: skip
+        describe_files(trainer, run_)
 
 
 def push(run_: Run, stop: StopSignals, before: Future | None = None) -> None:

@@ -57,12 +57,18 @@ def sections(args: argparse.Namespace) -> list[Section]:
         given = f"{size} {ON_GPU} --micro-batches {micro_batches} --contenders {contenders}"
         return Section(name, [*step, *given.split()], seconds)
 
+    def whole(name: str, seconds: int, size: str, settings: str) -> Section:
+        command = ["benchmarks/whole_steps.py", *step[1:], *f"{size} --device cuda --micro-batches 64 -- {settings}".split()]
+        return Section(name, command, seconds)
+
     return [
         shape(
             "Llama-3-8B", 140, LLAMA_8B, "published trl published@8 trl@8 padded@16384t packed packed@8192t packed@16384t", 16
         ),
         shape("Llama-3.2-1B", 90, LLAMA_1B, "published trl published@16 trl@16 padded@16384t packed packed@16384t", 32),
         shape("Gemma-2-9B", 130, GEMMA_9B, "published trl padded packed@8192t", 8),
+        whole("steps of 1B, by themselves", 70, f"{LLAMA_1B} --dtype float32", ""),
+        whole("steps of 8B, by themselves", 110, f"{LLAMA_8B} --dtype bfloat16", ""),
         Section("kernels", ["-m", "pytest", "-q", "-n", "6", "tests/gpu"], 150),
     ]
 

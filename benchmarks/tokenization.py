@@ -27,8 +27,9 @@ import datasets
 from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from alignment.data.chat import TEXT_COLUMNS, find_chat_template, pair_texts
+from alignment.data.chat import TEXT_COLUMNS, pair_texts
 from alignment.data.prepare import to_tokens
+from alignment.data.template import find_chat_template
 from alignment.data.tokenization import SIDES, LengthRules
 from tests import builders, reference
 

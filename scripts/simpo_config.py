@@ -1,130 +1,80 @@
-"""SimPOConfig: everything that a SimPO recipe says about training."""
+"""SimPOConfig: what a SimPO recipe says beside what all objectives over pairs share."""
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import ClassVar, Literal
 
-from transformers import TrainingArguments
-
-from alignment.data.tokenization import LengthRules
 from alignment.errors import Problem
-from alignment.recipe.configs import RunArguments, choice_problem, positive_problem
+from alignment.preference.configs import PairConfig, Reads
+from alignment.report import objective as papers
+from alignment.report.objective import Objective
 
-CHOICES = {
-    "loss_type": ("sigmoid", "hinge"),
-    "truncation_mode": ("keep_end", "keep_start"),
-    "pair_layout": ("auto", "packed", "padded"),
-}
-RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "label_smoothing": (lambda value: 0 <= value < 0.5, "must be at least 0 and below 0.5"),
-    "beta": (lambda value: value != math.inf, "must be finite"),
-    "sft_weight": (lambda value: 0 <= value < math.inf, "must be finite and not negative"),
-    "gamma_beta_ratio": (lambda value: 0 <= value < math.inf, "must be finite and not negative"),
-    "label_pad_token_id": (lambda value: value == -100, "must be -100, the label that torch ignores"),
-    **dict.fromkeys(
-        ("max_completion_length", "max_target_length", "is_encoder_decoder", "generate_during_eval"),
-        (lambda value: not value, "is not supported; remove it"),
-    ),
-    "remove_unused_columns": (lambda value: not value, "must be false"),
+BETAS = (2.0, 10.0)  # the authors'
+READS = {
+    "sigmoid": Reads(("beta", "gamma_beta_ratio", "label_smoothing"), authors=BETAS),
+    "hinge": Reads(("beta", "gamma_beta_ratio", "label_smoothing"), authors=BETAS),
+    "alphapo": Reads(("beta", "gamma_beta_ratio", "label_smoothing", "alpha"), authors=BETAS),
+    "simper": Reads(()),
 }
 
 
 @dataclass
-class SimPOConfig(RunArguments, TrainingArguments):
-    """Hyperparameters of SimPO (Meng et al. 2024, https://arxiv.org/abs/2405.14734) on top of TrainingArguments.
+class SimPOConfig(PairConfig):
+    """Hyperparameters of SimPO (Meng et al. 2024, https://arxiv.org/abs/2405.14734) and its reference-free kin."""
 
-    Lengths are in tokens. Raises ConfigError, naming every field that is wrong at once.
-    """
+    own_keys: ClassVar = ("beta", "gamma_beta_ratio", "label_smoothing", "alpha")
+    loss_types: ClassVar = tuple(READS)
 
-    max_length: int | None = field(
-        default=None, metadata={"help": "Longest prompt + response; null means 512, with a warning."}
-    )
-    max_prompt_length: int | None = field(
-        default=None, metadata={"help": "Longest prompt of a row that is too long; null means 128, with a warning."}
-    )
-    max_completion_length: int | None = field(default=None, metadata={"help": "Encoder-decoder models only: not supported."})
-    max_target_length: int | None = field(default=None, metadata={"help": "Encoder-decoder models only: not supported."})
     beta: float = field(default=2.0, metadata={"help": "Scale of the reward, beta x mean log-probability."})
     gamma_beta_ratio: float = field(
         default=0.25, metadata={"help": "Target margin over beta: gamma = gamma_beta_ratio x beta."}
     )
-    sft_weight: float = field(
-        default=0.0, metadata={"help": "Weight of the cross-entropy of the chosen responses, added to the loss."}
-    )
     label_smoothing: float = field(
-        default=0.0, metadata={"help": "Share of pairs assumed to be labelled the wrong way round (sigmoid only)."}
+        default=0.0, metadata={"help": "Share of pairs assumed to be labelled the wrong way round (not by hinge)."}
     )
-    loss_type: Literal["sigmoid", "hinge"] = field(default="sigmoid", metadata={"help": "sigmoid (the paper's) or hinge."})
-    disable_dropout: bool = field(default=True, metadata={"help": "Turn all dropout off, LoRA's included."})
-    label_pad_token_id: int = field(default=-100, metadata={"help": "Label of positions that are not scored."})
-    padding_value: int | None = field(default=None, metadata={"help": "Token id used as padding; null: the tokenizer's."})
-    truncation_mode: Literal["keep_end", "keep_start"] = field(
-        default="keep_end", metadata={"help": "Which end of a prompt that is too long is kept."}
+    loss_type: Literal["sigmoid", "hinge", "alphapo", "simper"] = field(
+        default="sigmoid",
+        metadata={"help": "sigmoid (the paper's), hinge, or a reference-free kin: alphapo (Gupta 2025), simper (Xiao 2025)."},
     )
-    pair_layout: Literal["auto", "packed", "padded"] = field(
-        default="auto",
-        metadata={
-            "help": "packed: a pair is one row without padding, its prompt computed once; padded: two rows; auto: packed "
-            "where the model's attention allows."
-        },
+    alpha: float = field(
+        default=0.25, metadata={"help": "alphapo: shape of the reward, (1 - exp(-alpha x)) / alpha of x; 0 is SimPO's, x."}
     )
-    max_tokens_per_micro_batch: int | None = field(
-        default=None,
-        metadata={
-            "help": "Divide the pairs of a step (per_device_train_batch_size x gradient_accumulation_steps a process) into "
-            "micro-batches of at most so many tokens, packed or padded, instead of a fixed count; data order and steps stay."
-        },
-    )
-    recompute_layers: int | None = field(
-        default=None,
-        metadata={
-            "help": "With gradient_checkpointing, how many of the model's layers are computed again in the backward pass, "
-            "instead of being kept in memory; null: all."
-        },
-    )
-    use_liger_kernel: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Norms, rotations and gated products by Liger's kernels; the loss stays this suite's. null: on a GPU, "
-            "where liger_kernel is installed."
-        },
-    )
-    generate_during_eval: bool = field(default=False, metadata={"help": "Not supported; sample from the saved model."})
-    is_encoder_decoder: bool | None = field(default=None, metadata={"help": "Decoder-only models only: null or false."})
-    model_init_kwargs: dict[str, Any] | None = field(
-        default=None, metadata={"help": "Extra arguments of from_pretrained, when the trainer loads the model."}
-    )
-    dataset_num_proc: int | None = field(
-        default=None, metadata={"help": "Processes that tokenize; null: preprocessing_num_workers."}
-    )
-
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay false: the collator needs the columns."})
-
-    def problems(self) -> list[Problem]:
-        counts = ("max_length", "max_prompt_length", "dataset_num_proc", "max_tokens_per_micro_batch")
-        problems = super().problems() + positive_problem(self, "beta", *counts)
-        if self.recompute_layers is not None and self.recompute_layers < 0:
-            problems.append(Problem("recompute_layers", self.recompute_layers, "must not be negative"))
-        for key, choices in CHOICES.items():
-            problems += choice_problem(self, key, choices)
-        for key, (allowed, advice) in RANGES.items():
-            if not allowed(getattr(self, key)):
-                problems.append(Problem(key, getattr(self, key), advice))
-        if self.prompt_limit >= self.length_limit > 0:
-            advice = f"leaves no room for a response in max_length = {self.length_limit}"
-            problems.append(Problem("max_prompt_length", self.prompt_limit, advice))
-        return problems
 
     @property
-    def length_limit(self) -> int:
-        """max_length, or the published default for a recipe that names none."""
-        return 512 if self.max_length is None else self.max_length
+    def reads(self) -> Reads:
+        return READS[self.loss_type]
 
     @property
-    def prompt_limit(self) -> int:
-        return 128 if self.max_prompt_length is None else self.max_prompt_length
+    def objective(self) -> Objective:
+        margin = "beta * (reward_w - reward_l - gamma_beta_ratio)"
+        loss = f"relu(1 - {margin})" if self.loss_type == "hinge" else f"-log sigmoid({margin})"
+        smoothed = self.loss_type != "hinge" and self.label_smoothing > 0
+        parameters = {"beta": self.beta, "gamma_beta_ratio": self.gamma_beta_ratio}
+        parameters |= {"label_smoothing": self.label_smoothing} if smoothed else {}
+        if self.loss_type == "simper":
+            return Objective(
+                "SimPER", "Simple alignment with Perplexity optimization", "exp(mean logp_l) - exp(mean logp_w)", {},
+                "the inverse perplexity of the chosen response is raised and that of the rejected one lowered. No reference "
+                "model is used, and nothing is there to be tuned.",
+                "exp(mean log-probability per token), inverse perplexities between 0 and 1", papers.SIMPER,
+            )  # fmt: skip
+        if self.loss_type == "alphapo":
+            return Objective(
+                "AlphaPO", "SimPO with a reward of another shape", loss, {**parameters, "alpha": self.alpha},
+                "the reward of a response is beta times (1 - p^-alpha) / alpha of p, the exponential of its mean "
+                "log-probability per token; no reference model is used, and the chosen response must beat the rejected one by "
+                "a margin gamma.",
+                "beta x (1 - exp(-alpha x)) / alpha of x, the mean log-probability per token, so they are negative",
+                papers.ALPHAPO,
+            )  # fmt: skip
+        return Objective(
+            "SimPO", "Simple Preference Optimization", loss.replace("reward", "mean logp"), parameters,
+            "the reward of a response is beta times its mean log-probability per token, no reference model is used, and the "
+            "chosen response must beat the rejected one by a margin gamma.",
+            "beta x mean log-probability per token, so they are negative", papers.SIMPO,
+        )  # fmt: skip
 
-    @property
-    def length_rules(self) -> LengthRules:
-        return LengthRules(self.length_limit, self.prompt_limit, self.truncation_mode, self.preprocessing)
+    def remarks(self) -> list[Problem]:
+        if self.loss_type == "hinge" and self.label_smoothing > 0:
+            ignored = Problem("label_smoothing", self.label_smoothing, "ignored by the hinge loss, as in the published code")
+            return [*super().remarks(), ignored]
+        return super().remarks()

@@ -23,7 +23,8 @@ from transformers import (
     Qwen2Config,
 )
 
-from alignment.data.chat import TEXT_COLUMNS, Turns, pair_texts, shipped_template
+from alignment.data.chat import TEXT_COLUMNS, pair_texts
+from alignment.data.template import Turns, shipped_template
 
 VOCABULARY = 512
 BOS, EOS, PAD = "<|begin_of_text|>", "<|eot_id|>", "<|pad|>"

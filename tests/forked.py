@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -58,8 +59,10 @@ class Server:
                 text=True,
             )
 
-    def run(self, *argv: str, processes: int = 1, sabotage: str | None = None, **arguments: Any) -> Ended:
-        job = {"argv": argv, "processes": processes, "sabotage": sabotage, "arguments": arguments}
+    def run(
+        self, *argv: str, processes: int = 1, method: str = "simpo", sabotage: str | None = None, **arguments: Any
+    ) -> Ended:
+        job = {"argv": argv, "processes": processes, "method": method, "sabotage": sabotage, "arguments": arguments}
         print(json.dumps({**job, "log": str(self.folder / "job.log")}), file=self.process.stdin, flush=True)
         answer = self.process.stdout.readline()
         assert answer, (self.folder / "server.log").read_text()
@@ -121,7 +124,7 @@ def start(job: dict[str, Any], rank: int, port: int) -> int:
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         if job["sabotage"]:
             globals()[job["sabotage"]](rank, **job["arguments"])
-        simpo_main(job["argv"])
+        main_of(job["method"], job["argv"])
         status = 0
     except SystemExit as exit_:
         status = exit_.code or 0
@@ -181,6 +184,44 @@ def signal_in(rank: int, place: str, number: int, ranks: list[int], delays: list
     setattr(owner, name, patched)
 
 
+def lose_output_in(rank: int, place: str, number: int, names: list[str]) -> None:
+    """At the number-th call of a place, whoever reads stdout and stderr goes away; `names` come with it."""
+
+    def lose() -> None:
+        reader, writer = os.pipe()
+        for descriptor in (1, 2):
+            os.dup2(writer, descriptor)
+        os.close(reader)
+        send(names, [0.0] * len(names))
+
+    at_call(place, number, lose)
+
+
+def deaf_in(rank: int, place: str, number: int, names: list[str]) -> None:
+    """A run that was started deaf to some signals, as by nohup, which then come."""
+    for name in names:
+        signal.signal(signal.Signals[name], signal.SIG_IGN)
+    at_call(place, number, lambda: send(names, [0.0] * len(names)))
+
+
+def under_umask(rank: int, mask: int) -> None:
+    os.umask(mask)
+
+
+def at_call(place: str, number: int, do: Callable[[], None]) -> None:
+    owner, name = places()[place]
+    original, calls = getattr(owner, name), 0
+
+    def patched(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == number:
+            do()
+        return original(*args, **kwargs)
+
+    setattr(owner, name, patched)
+
+
 def send(names: list[str], delays: list[float]) -> None:
     """In the background, if a signal has to wait; then also to the data loader's workers, as from a scheduler."""
     if not any(delays):
@@ -227,28 +268,29 @@ def places() -> dict[str, tuple[Any, str]]:
     """Functions that a run passes through: owner and name."""
     import alignment.pipeline
     import alignment.run.durable
-    from scripts.simpo_trainer import SimPOTrainer
+    from alignment.preference import reference
+    from alignment.preference.trainer import PairTrainer
 
     return {
         "preparation": (alignment.pipeline, "tokenized_splits"),
-        "training": (SimPOTrainer, "compute_loss"),
-        "evaluation": (SimPOTrainer, "prediction_step"),
+        "scoring": (PairTrainer, "concatenated_forward"),  # before the first step, then also in training
+        "keeping scores": (reference, "save_step_zero"),
+        "training": (PairTrainer, "compute_loss"),
+        "evaluation": (PairTrainer, "prediction_step"),
         "saving": (alignment.run.durable, "seal"),
-        "optimizer": (SimPOTrainer, "_save_optimizer_and_scheduler"),
-        "writing": (SimPOTrainer, "_save_rng_state"),
-        "figures": (SimPOTrainer, "save_metrics"),
+        "optimizer": (PairTrainer, "_save_optimizer_and_scheduler"),
+        "writing": (PairTrainer, "_save_rng_state"),
+        "figures": (PairTrainer, "save_metrics"),
         "the end": (alignment.pipeline, "save"),
         "pushing": (alignment.pipeline, "push_run"),
     }
 
 
-def simpo_main(argv: list[str]) -> None:
-    from alignment.data.splits import PAIRS
-    from alignment.pipeline import Method, main
-    from scripts.simpo_config import SimPOConfig
-    from scripts.simpo_trainer import SimPOTrainer
+def main_of(method: str, argv: list[str]) -> None:
+    from alignment.pipeline import main
+    from tests.methods import METHODS
 
-    main(Method(config=SimPOConfig, trainer=SimPOTrainer, data=PAIRS), argv)
+    main(METHODS[method], argv)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from alignment.data.tokenization import LengthRules
+from alignment.data.tokenization import SIDES, LengthRules
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -97,3 +97,30 @@ def simpo_step_loss(
     loss = (-(1 - label_smoothing) * F.logsigmoid(logits) - label_smoothing * F.logsigmoid(-logits)).mean()
     tokens = torch.tensor([len(row["chosen_input_ids"]) - row["chosen_prompt_length"] for row in rows])
     return loss - sft_weight * (chosen * tokens).sum() / tokens.sum()
+
+
+def summed_logps(model: PreTrainedModel, rows: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
+    """(B,) and (B,): log-probability of each response of tokenized pairs, chosen and rejected."""
+    tokens = [torch.tensor([len(row[f"{side}_input_ids"]) - row[f"{side}_prompt_length"] for row in rows]) for side in SIDES]
+    return tuple(mean * count for mean, count in zip(mean_logps(model, rows), tokens, strict=True))
+
+
+def dpo_step_loss(
+    model: PreTrainedModel, frozen: PreTrainedModel, rows: list[dict[str, Any]], *, beta: float, per_token: bool = False
+) -> Tensor:
+    """The loss of one optimizer step over `rows`, by a policy and a second model as its reference."""
+    logps = mean_logps if per_token else summed_logps
+    with torch.no_grad():
+        reference_chosen, reference_rejected = logps(frozen, rows)
+    chosen, rejected = logps(model, rows)
+    return -F.logsigmoid(beta * ((chosen - reference_chosen) - (rejected - reference_rejected))).mean()
+
+
+def orpo_step_loss(model: PreTrainedModel, rows: list[dict[str, Any]], *, beta: float) -> Tensor:
+    """The cross-entropy of the chosen rows from their second token on, and the odds ratio's part, of rows as one batch."""
+    chosen, rejected = mean_logps(model, rows)
+    log_odds = chosen - rejected - torch.log1p(-chosen.exp()) + torch.log1p(-rejected.exp())
+    whole = [{**row, "chosen_prompt_length": 1} for row in rows]
+    nats, _ = summed_logps(model, whole)
+    tokens = sum(len(row["chosen_input_ids"]) - 1 for row in rows)
+    return -nats.sum() / tokens - beta * F.logsigmoid(log_odds).mean()

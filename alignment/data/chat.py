@@ -1,64 +1,63 @@
-"""Conversations -> the text of a prompt and its two responses."""
+"""Conversations -> the text of a prompt and its two responses; what a response is, is decided and proved here, row by row.
 
-from collections.abc import Callable
+`exact`: prompt + response is the template's own text of the whole conversation, up to the end of the reply's turn; the response
+holds the reply, whole, and nothing behind its end. `published`: as the published code glued them, with a word on every row
+where that is not so.
+"""
+
+import functools
+import json
+import re
+from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import UserError
+from .rows import REFUSED, SAID, TEMPLATE_COLUMNS, Finding, is_unicode, whole_turns
+from .template import TemplateRefusal, Turns, other_template, render
 
-TEMPLATE_FOLDER = Path(__file__).parent / "templates"
 TEXT_COLUMNS = ("prompt", "chosen", "rejected")
-Turns = list[dict[str, str]]
+SIDES = ("chosen", "rejected")
+# A reply of one word that no other text holds: around it stands what the template writes around any reply.
+PROBE = "qzxprobeqzx"
+
+LOST = "the template leaves out part of a turn"
+UNWRITTEN = "the template does not write a key of the rows"
+REWRITTEN = "the template rewrites an answered prompt"
+GLUED = "glued text is none of the template's"
+SECOND_BOS = "bos twice"
+ENDLESS = "no end of turn"
+EMPTY = "empty response"
+SPECIAL = "special token in the text"
+SCORED_OPENING = "the template's own words before the reply are scored"
+SHARED_OPENING = "header given to the prompt, as the template has no generation prompt"
+ENDED = "eos added, as the template has no end of turn that is a token"
+UNSEEN_TOOLS = "tools not written, as in the published code"
+REMARKS = {SPECIAL, SCORED_OPENING, SHARED_OPENING, ENDED, UNSEEN_TOOLS}
+# What makes a template unfit for the published rules where it happens in every row.
+MISUSED = {GLUED, SECOND_BOS}
 
 
-def find_chat_template(
-    tokenizer: PreTrainedTokenizerBase, model_path: str, *, recipe_template: str | None, preprocessing: str
-) -> tuple[str, str]:
-    """The Jinja text to use, and where it comes from.
+class Fault(UserError):
+    """Why a row cannot be trained on as it is."""
 
-    `published`: a model path that contains "mistral" decides alone, as in the published code. Otherwise the recipe's
-    template (a shipped name, a .jinja file, or Jinja text), the tokenizer's own, and Zephyr's as the last resort.
-    Raises UserError for a template that does not exist.
-    """
-    if preprocessing == "published" and "mistral" in model_path.lower():
-        return shipped_template("mistral"), "mistral (the model path contains it)"
-    if recipe_template is not None:
-        return read_template(recipe_template), "the recipe"
-    if tokenizer.chat_template:
-        return tokenizer.chat_template, "the tokenizer"
-    return shipped_template("zephyr"), "zephyr (neither recipe nor tokenizer has one)"
+    def __init__(self, reason: str, detail: str):
+        self.finding = Finding(reason, detail)
+        super().__init__(detail)
 
 
-def shipped_template(name: str) -> str:
-    return (TEMPLATE_FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
+class Frame(NamedTuple):
+    """What a template writes around a reply: before it, behind it, the end of its turn, and whether that is a token."""
+
+    opening: str
+    tail: str
+    ending: str
+    ends: bool
 
 
-def read_template(value: str) -> str:
-    """A shipped name, a .jinja file, or Jinja text itself."""
-    shipped = sorted(path.stem for path in TEMPLATE_FOLDER.glob("*.jinja"))
-    if value in shipped:
-        return shipped_template(value)
-    if "{{" in value or "{%" in value:
-        return value
-    if not Path(value).is_file():
-        raise UserError(f"chat_template = {value!r}: no such file, and not one of the shipped {', '.join(shipped)}")
-    return Path(value).read_text(encoding="utf-8")
-
-
-def render(turns: Turns, tokenizer: PreTrainedTokenizerBase, *, generation_prompt: bool = False) -> str:
-    """The template's text for these turns. Raises UserError with the template's own complaint."""
-    try:
-        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generation_prompt)
-    except TemplateError as error:
-        roles = ", ".join(turn["role"] for turn in turns)
-        raise UserError(
-            f"the chat template refuses a conversation of roles ({roles}): {error}. Set chat_template in the recipe to "
-            "one that accepts it (shipped: llama-3, mistral, gemma, zephyr)."
-        ) from error
+# ---- The published rules ----
 
 
 def with_empty_system_turn(turns: Turns, template: str) -> Turns:
@@ -67,88 +66,390 @@ def with_empty_system_turn(turns: Turns, template: str) -> Turns:
     return [{"role": "system", "content": ""}, *turns] if knows_system and turns[0]["role"] != "system" else turns
 
 
-def published_pair_text(row: dict[str, Turns], tokenizer: PreTrainedTokenizerBase, *, add_system: bool) -> dict[str, Any]:
+def published_pair_text(
+    row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, *, add_system: bool, date: str | None = None
+) -> dict[str, Any]:
     """Prompt and responses rendered apart; so the assistant's header, where there is one, opens the response."""
-    prompt = with_empty_system_turn(row["prompt"], tokenizer.chat_template) if add_system else row["prompt"]
-    return {
-        "prompt": render(prompt, tokenizer),
-        "chosen": without_bos(render(row["chosen"], tokenizer), tokenizer),
-        "rejected": without_bos(render(row["rejected"], tokenizer), tokenizer),
-        "system_added": len(prompt) > len(row["prompt"]),
+    prompt = with_empty_system_turn(row["prompt"], tokenizer.get_chat_template()) if add_system else row["prompt"]
+    texts = {
+        "prompt": render(prompt, tokenizer, date=date),
+        "chosen": without_bos(render(row["chosen"], tokenizer, date=date), tokenizer),
+        "rejected": without_bos(render(row["rejected"], tokenizer, date=date), tokenizer),
     }
+    given = [*row["prompt"], *row["chosen"], *row["rejected"]]
+    findings = [*glue_faults(prompt, row, texts, partial(render, tokenizer=tokenizer, date=date))]
+    findings += [*bos_faults(texts, given, tokenizer), *special_tokens(given, tokenizer)]
+    if row.get("tools"):
+        findings.append(Finding(UNSEEN_TOOLS, "the published code hands no tools to the template; preprocessing: exact does"))
+    return {**texts, "system_added": len(prompt) > len(row["prompt"]), "add_eos": False, "findings": findings}
 
 
 def without_bos(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
     return text.removeprefix(tokenizer.bos_token) if tokenizer.bos_token else text
 
 
-def exact_pair_text(row: dict[str, Turns], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """The prompt as generation sees it; the response is what follows it in the whole conversation's text."""
-    prompt = render(row["prompt"], tokenizer, generation_prompt=True)
-    responses = {side: render(row["prompt"] + row[side], tokenizer) for side in ("chosen", "rejected")}
-    for side, text in responses.items():
-        if not text.startswith(prompt):
-            raise UserError(
-                f"the chat template writes a conversation differently once it is answered: its text does not begin with "
-                f"the prompt's, so the {side} response cannot be told from it. The prompt ends with {prompt[-60:]!r}; "
-                "set chat_template in the recipe to one that only appends."
-            )
-    return {"prompt": prompt, **{side: text[len(prompt) :] for side, text in responses.items()}, "system_added": False}
+def glue_faults(prompt: Turns, row: dict[str, Turns], texts: dict[str, str], draw: Callable[[Turns], str]) -> Iterator[Finding]:
+    """Where prompt + response is not what the template writes for the whole conversation, and a response not its reply."""
+    for side in SIDES:
+        glued = texts["prompt"] + texts[side]
+        try:
+            whole = draw(prompt + row[side])
+        except TemplateRefusal as refusal:
+            yield Finding(GLUED, f"prompt and {side} are no conversation of the template's: {refusal.refusal}")
+            continue
+        if glued != whole:
+            yield Finding(GLUED, f"prompt + {side} is {around_difference(glued, whole)}")
+        elif missing := left_out(row[side], texts[side]):
+            yield missing
+
+
+def around_difference(ours: str, theirs: str) -> str:
+    """Two texts side by side, from a little before they part."""
+    parting = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
+    span = slice(max(parting - 30, 0), parting + 50)
+    return f"...{ours[span]!r}..., where the template writes ...{theirs[span]!r}..."
+
+
+# ---- The exact rules ----
+
+
+def exact_pair_text(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, *, date: str | None = None) -> dict[str, Any]:
+    """The prompt as generation sees it; the response is what follows it in the whole conversation's text.
+
+    Raises TemplateRefusal or Fault for a row in which that is not the reply, whole and with its end.
+    """
+    beside = {column: row.get(column) for column in TEMPLATE_COLUMNS}
+    draw = partial(render, tokenizer=tokenizer, date=date, **beside)
+    turns = [without_mark(turn, tokenizer.eos_token) for turn in row["prompt"]]
+    prompt = draw(turns, generation_prompt=True)
+    frame = frame_of(turns, prompt, draw, tokenizer)
+    texts, ends = {}, {}
+    for side in SIDES:
+        replies = [without_mark(without_mark(turn, tokenizer.eos_token), frame.ending.strip()) for turn in row[side]]
+        if all(is_silent(turn) for turn in replies):
+            raise Fault(EMPTY, f"{side} is empty")
+        response = response_text(side, prompt, draw(turns + replies))
+        if missing := left_out(replies, response):
+            raise Fault(*missing)
+        texts[side], ends[side] = up_to_its_end(response, frame, tokenizer)
+    if missing := left_out([turn for turn in turns if turn["role"] != "assistant"], prompt) or unnamed_tool(row, prompt):
+        raise Fault(*missing)
+    if not all(ends.values()) and tokenizer.eos_token is None:
+        raise Fault(ENDLESS, f"nothing ends the response {texts['chosen'][-60:]!r}, and the tokenizer has no eos")
+    given = [*row["prompt"], *row["chosen"], *row["rejected"]]
+    for fault in bos_faults({"prompt": prompt, **texts}, given, tokenizer):
+        raise Fault(*fault)
+    prompt, texts, opening = with_opening(prompt, texts, frame, lambda: draw(turns))
+    findings = [*opening, *special_tokens(given, tokenizer)]
+    if not all(ends.values()):
+        findings.append(Finding(ENDED, f"the response ends with {texts['chosen'][-30:]!r}, where generation would not stop"))
+    return {"prompt": prompt, **texts, "system_added": False, "add_eos": not all(ends.values()), "findings": findings}
+
+
+def without_mark(turn: dict[str, Any], mark: str | None) -> dict[str, Any]:
+    """An assistant's turn without the end that its text already has: the template writes one behind it."""
+    content = turn["content"]
+    if turn["role"] != "assistant" or not mark or mark not in content:
+        return turn
+    while (stripped := content.rstrip()).endswith(mark):
+        content = stripped.removesuffix(mark)
+    return {**turn, "content": content}
+
+
+def frame_of(turns: Turns, prompt: str, draw: Callable[..., str], tokenizer: PreTrainedTokenizerBase) -> Frame:
+    before, found, tail = draw([*turns, {"role": "assistant", "content": PROBE}]).rpartition(PROBE)
+    if not found:
+        raise Fault(LOST, "the template does not write the content of an assistant's turn")
+    ending, ends = end_of_turn(tail, prompt, lambda: draw(turns), tokenizer)
+    return Frame(before.removeprefix(prompt) if before.startswith(prompt) else "", tail, ending, ends)
+
+
+def response_text(side: str, prompt: str, whole: str) -> str:
+    if not whole.startswith(prompt):
+        raise Fault(
+            REWRITTEN,
+            f"the chat template writes a conversation differently once it is answered: its text does not begin with "
+            f"the prompt's, so the {side} response cannot be told from it. The prompt is {around_difference(prompt, whole)}. "
+            f"{other_template()}",
+        )
+    return whole[len(prompt) :]
+
+
+def end_of_turn(tail: str, prompt: str, unasked: Callable[[], str], tokenizer: PreTrainedTokenizerBase) -> tuple[str, bool]:
+    """What of the text behind a reply is the end of its turn, and whether there is a token in it that generation stops at.
+
+    The tokenizer's eos; for want of it, a special token. White space behind it belongs to the turn, as in every rendering; more
+    is the next turn's header, which some templates write behind any conversation.
+    """
+    eos, specials = tokenizer.eos_token, special_pattern(tokenizer)
+    mark = re.search(re.escape(eos), tail) if eos else None
+    mark = mark or (specials.search(tail) if specials else None)
+    if mark is None:
+        is_next_header = bool(tail.strip()) and prompt.endswith(tail)
+        return ("" if is_next_header else tail), False
+    behind = tail[mark.end() :]
+    is_whole = not behind.strip() or (mark[0] != eos and prompt != unasked())
+    return (tail if is_whole else tail[: mark.end()]), True
+
+
+def up_to_its_end(response: str, frame: Frame, tokenizer: PreTrainedTokenizerBase) -> tuple[str, bool]:
+    """The response without what stands behind its turn, and whether it ends in a token that generation stops at."""
+    if frame.tail and response.endswith(frame.tail):
+        return response.removesuffix(frame.tail) + frame.ending, frame.ends
+    # Some templates end a turn that calls tools otherwise.
+    specials = special_pattern(tokenizer)
+    last = [match.end() for match in specials.finditer(response)][-1:] if specials else []
+    return response, last == [len(response.rstrip())]
+
+
+def with_opening(
+    prompt: str, texts: dict[str, str], frame: Frame, unasked: Callable[[], str]
+) -> tuple[str, dict[str, str], list[Finding]]:
+    """The words that the template writes before any reply: the prompt's, where it writes none for a generation prompt."""
+    opening = frame.opening
+    if not opening.strip() or not all(text.startswith(opening) for text in texts.values()):
+        return prompt, texts, []
+    if prompt != unasked():
+        return prompt, texts, [Finding(SCORED_OPENING, f"the template writes {opening!r} before a reply")]
+    cut = {side: text.removeprefix(opening) for side, text in texts.items()}
+    return prompt + opening, cut, [Finding(SHARED_OPENING, f"{opening!r} has to be added when generating")]
+
+
+# ---- Proofs ----
+
+
+def left_out(turns: Turns, text: str) -> Finding | None:
+    """Something that a turn says and that is not in the text; white space and JSON's escapes make no difference."""
+    for turn in turns:
+        if not is_written(turn["content"], text):
+            return Finding(LOST, f"{text!r:.200} lacks {turn['content']!r:.200}, which a {turn['role']} turn says")
+        for key in SAID:
+            for word in leaves(turn.get(key)):
+                if not is_written(word, text):
+                    return unwritten(key, word, text)
+    return None
+
+
+def unwritten(key: str, word: str, text: str) -> Finding:
+    return Finding(UNWRITTEN, f"{text!r:.200} lacks {word!r:.200} of {key}. {without_key(key)}")
+
+
+def without_key(key: str) -> str:
+    return f"Set chat_template to one that writes {key}, or remove {key} from the rows"
+
+
+def is_silent(turn: dict[str, Any]) -> bool:
+    return not turn["content"].strip() and not any(turn.get(key) for key in SAID)
+
+
+def leaves(value: Any) -> Iterator[str]:
+    """The texts in a nested value, without those that only say what kind of thing it is."""
+    if isinstance(value, dict):
+        for key, entry in value.items():
+            yield from () if key in ("type", "id") else leaves(entry)
+    elif isinstance(value, list):
+        for entry in value:
+            yield from leaves(entry)
+    elif isinstance(value, str):
+        yield value
+
+
+def is_written(word: str, text: str) -> bool:
+    if word.strip() in text:
+        return True
+    word, text = "".join(word.split()), "".join(text.split())
+    return word in text or json.dumps(word, ensure_ascii=False)[1:-1] in text or written_in_parts(word, text)
+
+
+def written_in_parts(word: str, text: str) -> bool:
+    """Arguments of a call, given as JSON text, that a template spells otherwise; reasoning that it sets off from the reply."""
+    try:
+        parts = [*leaves(json.loads(word))]
+    except (ValueError, RecursionError):
+        parts = re.split(r"</?think>", word)
+        return len(parts) > 1 and all(part in text for part in parts)
+    return bool(parts) and all("".join(part.split()) in text for part in parts)
+
+
+def unnamed_tool(row: dict[str, Any], prompt: str) -> Finding | None:
+    tools = row.get("tools") or []
+    names = [(tool.get("function") or tool).get("name") for tool in tools if isinstance(tool, dict)]
+    return next((unwritten("tools", name, prompt) for name in names if name and name not in prompt), None)
+
+
+def bos_faults(texts: dict[str, str], given: Turns, tokenizer: PreTrainedTokenizerBase) -> Iterator[Finding]:
+    """A bos that is not the one at the beginning, unless it is in what somebody said."""
+    bos = tokenizer.bos_token
+    if bos is None or bos == tokenizer.eos_token or any(bos in turn["content"] for turn in given):
+        return
+    for column, text in texts.items():
+        count = text.count(bos)
+        if count > 1 or (count == 1 and (column != "prompt" or not text.startswith(bos))):
+            yield Finding(SECOND_BOS, f"{column} has {bos!r} elsewhere than at its beginning: {text[:60]!r}")
+
+
+def special_tokens(given: Turns, tokenizer: PreTrainedTokenizerBase) -> Iterator[Finding]:
+    specials = special_pattern(tokenizer)
+    found = next((match for turn in given if specials and (match := specials.search(turn["content"]))), None)
+    if found is not None:
+        yield Finding(SPECIAL, f"a turn holds {found[0]!r}, which is read as that token: {around(found)!r}")
+
+
+def around(match: re.Match) -> str:
+    return match.string[max(match.start() - 20, 0) : match.end() + 20]
+
+
+@functools.lru_cache(maxsize=4)  # asked several times a row, and Llama-3 has 256 special tokens
+def special_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern | None:
+    names = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    words = sorted({*names, *tokenizer.all_special_tokens}, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, words))) if words else None
+
+
+# ---- Batches ----
 
 
 def pair_texts(
-    batch: dict[str, list[Turns]],
+    batch: dict[str, list[Any]],
     indices: list[int],
     tokenizer: PreTrainedTokenizerBase,
     *,
     preprocessing: str,
     add_system: bool,
+    date: str | None = None,
 ) -> dict[str, list[Any]]:
     """A batch of conversations (columns prompt, chosen, rejected: lists of turns) as text, for `Dataset.map` in batches.
 
-    Raises UserError naming the row whose conversation the template refuses.
+    Adds what was found in each row; the texts of a row that cannot be used are empty. Raises UserError with the place of a
+    row that the published rules cannot render.
     """
-    rows = [
-        dict(zip(TEXT_COLUMNS, turns, strict=True))
-        for turns in zip(batch["prompt"], batch["chosen"], batch["rejected"], strict=True)
-    ]
-    render_pair = partial(published_pair_text, add_system=add_system) if preprocessing == "published" else exact_pair_text
-    texts = [with_place(render_pair, row, tokenizer, index) for index, row in zip(indices, rows, strict=True)]
-    return {key: [text[key] for text in texts] for key in (*TEXT_COLUMNS, "system_added")}
+    if preprocessing == "published":
+        render_pair = partial(published_pair_text, add_system=add_system, date=date)
+    else:
+        render_pair = partial(exact_pair_text, date=date)
+    unusable = {**dict.fromkeys(TEXT_COLUMNS, ""), "system_added": False, "add_eos": False}
+    return text_columns(batch, indices, tokenizer, render_pair, TEXT_COLUMNS, unusable, preprocessing)
 
 
 def message_texts(
-    batch: dict[str, list[Turns]],
+    batch: dict[str, list[Any]],
     indices: list[int],
     tokenizer: PreTrainedTokenizerBase,
     *,
     preprocessing: str,
     add_system: bool,
-) -> dict[str, list[str]]:
-    """A batch of whole conversations (column messages) as text, for supervised training. Raises as `pair_texts`."""
-    inserts = preprocessing == "published" and add_system
-    rows = [with_empty_system_turn(row, tokenizer.chat_template) if inserts else row for row in batch["messages"]]
-    texts = [with_place(render, row, tokenizer, index) for index, row in zip(indices, rows, strict=True)]
-    return {"text": texts}
+    date: str | None = None,
+) -> dict[str, list[Any]]:
+    """A batch of whole conversations (column messages) as text, for supervised training. As `pair_texts`."""
+    if preprocessing == "published":
+        render_whole = partial(published_message_text, add_system=add_system, date=date)
+    else:
+        render_whole = partial(exact_message_text, date=date)
+    unusable = {"text": "", "add_eos": False}
+    return text_columns(batch, indices, tokenizer, render_whole, ("messages",), unusable, preprocessing)
 
 
-def with_place(function: Callable[..., Any], row: Any, tokenizer: PreTrainedTokenizerBase, index: int) -> Any:
+def text_columns(
+    batch: dict[str, list[Any]],
+    indices: list[int],
+    tokenizer: PreTrainedTokenizerBase,
+    function: Callable[[dict[str, Any], PreTrainedTokenizerBase], dict[str, Any]],
+    columns: tuple[str, ...],
+    unusable: dict[str, Any],
+    preprocessing: str,
+) -> dict[str, list[Any]]:
+    places = batch.get("place") or [f"row {index}" for index in indices]
+    texts = []
+    for place, *values in zip(places, *batch.values(), strict=True):
+        row = whole_turns(dict(zip(batch, values, strict=True)), columns)
+        texts.append({**text_of(function, row, place, tokenizer, unusable, preprocessing), "place": place})
+    return {key: [text[key] for text in texts] for key in (*unusable, "place", "findings")}
+
+
+def text_of(
+    function: Callable[..., dict[str, Any]],
+    row: dict[str, Any],
+    place: str,
+    tokenizer: PreTrainedTokenizerBase,
+    unusable: dict[str, Any],
+    preprocessing: str,
+) -> dict[str, Any]:
     try:
-        return function(row, tokenizer)
-    except UserError as error:
-        raise UserError(f"row {index} of the shuffled split: {error}") from error
+        text = function(row, tokenizer)
+        if row.get("more") and not all(is_unicode(value) for value in text.values() if isinstance(value, str)):
+            raise Fault(REFUSED, "a turn holds half of a character (\\ud800 to \\udfff)")
+    except (TemplateRefusal, Fault) as error:
+        if preprocessing == "published":
+            raise UserError(f"{place}: {error}") from error
+        finding = error.finding if isinstance(error, Fault) else Finding(REFUSED, str(error))
+        text = {**unusable, "findings": [finding]}
+    return {**text, "findings": [finding._asdict() for finding in text["findings"]]}
 
 
-def check_published_template(tokenizer: PreTrainedTokenizerBase) -> None:
+def published_message_text(
+    row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, *, add_system: bool, date: str | None = None
+) -> dict[str, Any]:
+    turns = with_empty_system_turn(row["messages"], tokenizer.get_chat_template()) if add_system else row["messages"]
+    text = render(turns, tokenizer, date=date)
+    findings = [*bos_faults({"prompt": text}, turns, tokenizer), *special_tokens(turns, tokenizer)]
+    if missing := left_out(turns[-1:], text):
+        findings.append(missing)
+    return {"text": text, "add_eos": False, "findings": findings}
+
+
+def exact_message_text(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, *, date: str | None = None) -> dict[str, Any]:
+    """The template's text of a whole conversation, up to the end of its last turn."""
+    beside = {column: row.get(column) for column in TEMPLATE_COLUMNS}
+    draw = partial(render, tokenizer=tokenizer, date=date, **beside)
+    *turns, reply = [without_mark(turn, tokenizer.eos_token) for turn in row["messages"]]
+    frame = frame_of(turns, draw(turns, generation_prompt=True), draw, tokenizer) if turns else Frame("", "", "", True)
+    reply = without_mark(reply, frame.ending.strip())
+    text, ends = up_to_its_end(draw([*turns, reply]), frame, tokenizer)
+    if missing := left_out([reply], text) or left_out([turn for turn in turns if turn["role"] != "assistant"], text):
+        raise Fault(*missing)
+    for fault in bos_faults({"prompt": text}, row["messages"], tokenizer):
+        raise Fault(*fault)
+    if not ends and tokenizer.eos_token is None:
+        raise Fault(ENDLESS, f"nothing ends {text[-60:]!r}, and the tokenizer has no eos")
+    findings = [*special_tokens(row["messages"], tokenizer)]
+    if not ends:
+        findings.append(Finding(ENDED, f"the text ends with {text[-30:]!r}, where generation would not stop"))
+    return {"text": text, "add_eos": not ends, "findings": findings}
+
+
+# ---- Before any row ----
+
+
+def check_published_template(tokenizer: PreTrainedTokenizerBase, *, date: str | None = None) -> None:
     """Refuse a template that the published rules would misuse.
 
-    They render a response by itself. A template that writes a system block (or a date) above any conversation would
-    write it inside each response, to be trained on and counted in the length.
+    They render a response by itself, and glue it to the prompt. A template that writes a system block (or a date) above any
+    conversation would write it inside each response, to be trained on and counted in the length; one that ends a conversation
+    with eos would write it between question and reply.
     """
     question, reply = {"role": "user", "content": "question"}, {"role": "assistant", "content": "reply"}
-    alone = without_bos(render([reply], tokenizer), tokenizer)
-    if not render([question, reply], tokenizer).endswith(alone):
-        raise UserError(
-            f"preprocessing = published: this model's chat template puts {alone[: alone.find('reply')]!r} in front of "
-            "every response that is rendered alone, which would be trained on. Use preprocessing: exact."
-        )
+    try:
+        alone = without_bos(render([reply], tokenizer, date=date), tokenizer)
+        whole, prompt = (render(turns, tokenizer, date=date) for turns in ([question, reply], [question]))
+    except TemplateRefusal as refusal:
+        raise UserError(f"preprocessing = published: {refusal.refusal}. {way_out(tokenizer, date)}") from refusal
+    opening, found, _ = alone.partition("reply")
+    if not found:
+        reason = "does not write a response that is rendered alone"
+    elif opening not in whole:
+        reason = f"puts {opening!r} in front of every response that is rendered alone, which would be trained on"
+    elif prompt + alone != whole:
+        reason = f"is not made to be rendered in parts: prompt + response would be {around_difference(prompt + alone, whole)}"
+    else:
+        return
+    raise UserError(f"preprocessing = published: this model's chat template {reason}. {way_out(tokenizer, date)}")
+
+
+def way_out(tokenizer: PreTrainedTokenizerBase, date: str | None = None) -> str:
+    """What does help with a template that the published rules misuse: the exact ones, where they can use it."""
+    question, reply = {"role": "user", "content": "question"}, {"role": "assistant", "content": "reply"}
+    try:
+        exact_pair_text({"prompt": [question], "chosen": [reply], "rejected": [reply]}, tokenizer, date=date)
+    except (Fault, TemplateRefusal):
+        return other_template()
+    return "Use preprocessing: exact."

@@ -1,12 +1,14 @@
 """Which conversations a recipe trains and evaluates on: found, sampled, checked row by row, mixed and shuffled.
 
 A source of dataset_mixer offers splits; a split gives its share of rows; a row becomes a pair or a conversation of
-{role, content} turns, together with what is wrong with it. Row numbers in messages count from 0 in the split as read.
+{role, content} turns, together with what is wrong with it and its place: the file it was read from and its line there.
 """
 
+import json
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +17,7 @@ from datasets import Dataset, DatasetDict, Features, List, Value, concatenate_da
 
 from ..errors import UserError
 from ..recipe.configs import DataArguments
-from .rows import HARMLESS, UNREADABLE, code_digest, read_batch, read_conversation, read_pair
+from .rows import HARMLESS, TEMPLATE_COLUMNS, UNREADABLE, code_digest, read_batch, read_conversation, read_pair
 from .sources import TEST, TRAIN, Rows, Source, load_rows, open_source, split_purpose
 
 PUBLISHED_SEED = 42
@@ -72,14 +74,14 @@ def get_datasets(
     splits, notes = find_splits(data_args, do_eval)
     parts: dict[str, list[Part]] = {TRAIN: [], TEST: []}
     for split in splits:
-        rows, numbers = take_share(split, seed if exact else None)
-        parts[split.purpose].append(check_rows(split.rows.place, rows, numbers, columns, num_proc))
+        rows = take_share(split, columns, seed if exact else None)
+        parts[split.purpose].append(check_rows(split.rows.place, rows, columns, num_proc))
     refuse_bad_rows(parts[TRAIN] + parts[TEST], keep_malformed=not exact or bad_rows == "drop")
 
     mixed, reports = DatasetDict(), {}
     for purpose, its_parts in parts.items():
         if its_parts:
-            reports[purpose] = report(its_parts, drop=exact, notes=notes if purpose == TEST else [])
+            reports[purpose] = report(its_parts, drop=exact, notes=notes[purpose])
             if reports[purpose].kept == 0:
                 raise UserError(f"{purpose} has no row left: {reports[purpose]}")
             rows = concatenate_datasets([part.well_formed() if exact else part.rows for part in its_parts])
@@ -95,8 +97,8 @@ class Split(NamedTuple):
     share: float | int
 
 
-def find_splits(data_args: DataArguments, do_eval: bool) -> tuple[list[Split], list[str]]:
-    """The splits to read, in the order of the mixer, and a note for each evaluation split that a source lacks."""
+def find_splits(data_args: DataArguments, do_eval: bool) -> tuple[list[Split], dict[str, list[str]]]:
+    """The splits to read, in the order of the mixer, and notes: evaluation splits that a source lacks, what is passed over."""
     mixer = data_args.dataset_mixer
     if not mixer:
         raise UserError("dataset_mixer: name a source and its share, e.g. {my_pairs.jsonl: 1.0}")
@@ -110,7 +112,7 @@ def find_splits(data_args: DataArguments, do_eval: bool) -> tuple[list[Split], l
         for name, purpose in source.to_read(wanted).items()
     ]
     named = [source for source in sources if source.has_split_names]
-    absent = [(source, name) for source in named for name in wanted if name not in source.splits]
+    absent = [(source, name) for source in named for name in wanted if source.find(name) is None]
     has_evaluation = any(split.purpose == TEST for split in splits)
     errors = [
         absent_split(source, name, wanted)
@@ -123,7 +125,8 @@ def find_splits(data_args: DataArguments, do_eval: bool) -> tuple[list[Split], l
         raise UserError(f"no training rows in {', '.join(mixer)}: name a training split in dataset_splits or a training file")
     if do_eval and not has_evaluation:
         raise UserError(f"no evaluation rows in {', '.join(mixer)}: name an evaluation split or file, or --do_eval=false")
-    return splits, [f"{source.name} has no split {name!r}" for source, name in absent]
+    notes = {TEST: [f"{source.name} has no split {name!r}" for source, name in absent]}
+    return splits, notes | {TRAIN: [note for source in sources for note in source.notes(data_args.dataset_splits)]}
 
 
 def wanted_splits(names: Sequence[str], do_eval: bool) -> dict[str, str]:
@@ -142,7 +145,7 @@ def absent_split(source: Source, name: str, wanted: dict[str, str]) -> str:
     """The message for a split that a source does not have, with the command line that would work."""
     problem = f"{source.name}: no split {name!r}; it has {', '.join(source.splits)}"
     nearest = [
-        split if split in source.splits else next((s for s in source.splits if split_purpose(s) == purpose), None)
+        source.find(split) or next((s for s in source.splits if split_purpose(s) == purpose), None)
         for split, purpose in wanted.items()
     ]
     if None not in nearest:
@@ -152,15 +155,17 @@ def absent_split(source: Source, name: str, wanted: dict[str, str]) -> str:
     return f"{problem}. Add a training split, named train*, or leave the source out"
 
 
-def take_share(split: Split, seed: int | None) -> tuple[Dataset, Sequence[int]]:
-    """The rows of a split's share and their numbers in it: the first ones, or with a seed a sample in their order."""
-    rows = load_rows(split.rows)
+def take_share(split: Split, columns: tuple[str, ...], seed: int | None) -> Dataset:
+    """The rows of a split's share, as records: the first ones, or with a seed a sample in their order."""
+    rows = load_rows(split.rows, (*canonical_columns(columns), *TEMPLATE_COLUMNS))
     count = share_size(split, len(rows))
     if seed is None or count == len(rows):
-        numbers: Sequence[int] = range(count)
-    else:
-        numbers = sorted(random.Random(seed).sample(range(len(rows)), count))
-    return rows.select(numbers), numbers
+        return rows.select(range(count))
+    return rows.select(sorted(random.Random(seed).sample(range(len(rows)), count)))
+
+
+def canonical_columns(columns: tuple[str, ...]) -> tuple[str, ...]:
+    return columns if columns == ("messages",) else ("prompt", *columns)
 
 
 def share_size(split: Split, available: int) -> int:
@@ -178,7 +183,7 @@ def share_size(split: Split, available: int) -> int:
 
 
 class Flaw(NamedTuple):
-    """A finding with its place: index is the row's in Part.rows, the number in the message is the one in the split."""
+    """A finding with its place: index is the row's in Part.rows."""
 
     index: int
     reason: str
@@ -199,31 +204,52 @@ class Part(NamedTuple):
         return self.rows.select([index for index in range(len(self.rows)) if index not in malformed])
 
 
-def check_rows(place: str, rows: Dataset, numbers: Sequence[int], columns: tuple[str, ...], num_proc: int | None) -> Part:
-    """Rows in their canonical columns, prompt, chosen and rejected or messages, and all that is wrong with them."""
-    absent = [column for column in columns if column not in rows.column_names]
-    if absent:
-        raise UserError(f"{place}: no column {absent[0]!r}; it has {', '.join(rows.column_names)}")
-    canonical = columns if columns == ("messages",) else ("prompt", *columns)
-    used = [column for column in canonical if column in rows.column_names]
+def check_rows(place: str, rows: Dataset, columns: tuple[str, ...], num_proc: int | None) -> Part:
+    """Records in their canonical columns, prompt, chosen and rejected or messages, and all that is wrong with them."""
+    refuse_absent_columns(place, rows, columns)
+    canonical = canonical_columns(columns)
     processes = min(num_proc or 1, len(rows) // BATCH_ROWS)
-    checked = rows.select_columns(used).map(
+    text = {"more": Value("string"), "place": Value("string")}
+    checked = rows.map(
         read_batch,
         batched=True,
         batch_size=BATCH_ROWS,
-        remove_columns=used,
-        features=Features(dict.fromkeys(canonical, TURNS) | {"findings": FINDINGS}),
-        fn_kwargs={"read": read_conversation if columns == ("messages",) else read_pair, "code": code_digest()},
+        remove_columns=rows.column_names,
+        features=Features(dict.fromkeys(canonical, TURNS) | text | {"findings": FINDINGS}),
+        fn_kwargs={
+            "read": read_conversation if columns == ("messages",) else read_pair,
+            "columns": canonical,
+            "code": code_digest(),
+        },
         num_proc=processes if processes > 1 else None,
         desc=f"Checking {place}",
     )
     refuse_cut(checked, rows)
-    flaws = [
-        Flaw(index, finding["reason"], f"{place}, row {numbers[index]}: {finding['detail']}")
-        for index, findings in enumerate(checked.select_columns("findings")[:]["findings"])
+    return Part(checked.remove_columns("findings"), flaws_of(checked))
+
+
+def flaws_of(rows: Dataset) -> list[Flaw]:
+    columns = rows.select_columns(["place", "findings"])[:]
+    return [
+        Flaw(index, finding["reason"], f"{place}: {finding['detail']}")
+        for index, (place, findings) in enumerate(zip(columns["place"], columns["findings"], strict=True))
         for finding in findings
     ]
-    return Part(checked.remove_columns("findings"), flaws)
+
+
+def refuse_absent_columns(place: str, rows: Dataset, columns: tuple[str, ...]) -> None:
+    """Raises UserError for a column that no row has. The first row has it nearly always."""
+    absent, seen = set(columns), {}
+    for record in (row["record"] for row in rows.select_columns("record")):
+        with suppress(ValueError, RecursionError):  # told with its line later
+            row = json.loads(record.decode("utf-8"))
+            seen |= dict.fromkeys(row if isinstance(row, dict) else ())
+        absent -= seen.keys()
+        if not absent:
+            return
+    if seen:
+        column = next(column for column in columns if column in absent)
+        raise UserError(f"{place}: no column {column!r}; it has {', '.join(seen)}")
 
 
 def refuse_cut(made: Dataset, rows: Dataset) -> None:
@@ -272,7 +298,7 @@ def report(parts: Sequence[Part], drop: bool, notes: list[str]) -> SplitReport:
     )
 
 
-def count_reasons(flaws: Sequence[Flaw]) -> dict[str, int]:
+def count_reasons(flaws: Iterable[Flaw]) -> dict[str, int]:
     return dict(Counter(flaw.reason for flaw in flaws))
 
 

@@ -15,8 +15,8 @@ from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import UserError
-from . import chat, tokenization
-from .mixing import damaged, refuse_cut
+from . import chat, template, tokenization
+from .mixing import FINDINGS, damaged, refuse_cut
 from .tokenization import LengthRules
 
 logger = logging.getLogger(__name__)
@@ -25,14 +25,18 @@ logger = logging.getLogger(__name__)
 TOKEN_FEATURES = Features(
     {f"{side}_input_ids": List(Value("int32")) for side in tokenization.SIDES}
     | {f"{side}_{column}": Value("int32") for side in tokenization.SIDES for column in ("prompt_length", "length")}
+    | {f"{side}_truncated": Value("bool") for side in tokenization.SIDES}
     | {"length": Value("int32"), "index": Value("int32"), "truncated": Value("bool"), "eos_added": Value("bool")}
 )
+NOTED = Features({"add_eos": Value("bool"), "place": Value("string"), "findings": FINDINGS})
+PAIR_FEATURES = Features(dict.fromkeys(chat.TEXT_COLUMNS, Value("string")) | {"system_added": Value("bool")} | NOTED)
+MESSAGE_FEATURES = Features({"text": Value("string")} | NOTED)
 
 
 def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
     """A hash of everything that decides what the tokenizer and its template produce."""
     vocabulary = tokenization.plain_backend(tokenizer).to_str() if tokenizer.is_fast else tokenizer.get_vocab()
-    settings = [vocabulary, tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token]
+    settings = [vocabulary, tokenizer.chat_template, tokenizer.special_tokens_map]  # a template may read any of these
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
 
 
@@ -51,7 +55,7 @@ def cached_map(
 
     Nothing else enters the name, so that a run with another beta finds the file.
     """
-    code = inspect.getsource(inspect.getmodule(function))
+    code = inspect.getsource(inspect.getmodule(function)) + inspect.getsource(template)
     parts = [dataset._fingerprint, tokenizer_identity(tokenizer), repr(sorted(settings.items())), function.__name__, code]
     name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
     mapped = dataset.map(
@@ -104,17 +108,43 @@ def worker_count(num_proc: int | None, rows: int) -> int | None:
 
 
 def to_pair_texts(
-    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, *, preprocessing: str, add_system: bool, num_proc: int | None
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    preprocessing: str,
+    add_system: bool,
+    num_proc: int | None,
+    date: str | None = None,
 ) -> Dataset:
-    settings = {"preprocessing": preprocessing, "add_system": add_system}
-    return cached_map(dataset, chat.pair_texts, tokenizer, settings, num_proc=num_proc, desc="Applying the chat template")
+    settings = {"preprocessing": preprocessing, "add_system": add_system, "date": date}
+    return to_texts(dataset, chat.pair_texts, tokenizer, settings, PAIR_FEATURES, num_proc)
 
 
 def to_message_texts(
-    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, *, preprocessing: str, add_system: bool, num_proc: int | None
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    preprocessing: str,
+    add_system: bool,
+    num_proc: int | None,
+    date: str | None = None,
 ) -> Dataset:
-    settings = {"preprocessing": preprocessing, "add_system": add_system}
-    return cached_map(dataset, chat.message_texts, tokenizer, settings, num_proc=num_proc, desc="Applying the chat template")
+    settings = {"preprocessing": preprocessing, "add_system": add_system, "date": date}
+    return to_texts(dataset, chat.message_texts, tokenizer, settings, MESSAGE_FEATURES, num_proc)
+
+
+def to_texts(
+    dataset: Dataset,
+    function: Callable[..., dict[str, list[Any]]],
+    tokenizer: PreTrainedTokenizerBase,
+    settings: dict[str, Any],
+    features: Features,
+    num_proc: int | None,
+) -> Dataset:
+    if not template.reads_clock(tokenizer):
+        settings = {**settings, "date": None}  # or tomorrow's run would render everything again
+    desc = "Applying the chat template"
+    return cached_map(dataset, function, tokenizer, settings, num_proc=num_proc, desc=desc, features=features)
 
 
 def to_tokens(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, rules: LengthRules, *, num_proc: int | None) -> Dataset:
@@ -164,10 +194,14 @@ def response_lengths(tokens: Dataset) -> np.ndarray:
     return np.stack([columns[f"{side}_length"] - (columns[f"{side}_prompt_length"] == 0) for side in tokenization.SIDES])
 
 
-def longest_pair(tokens: Dataset) -> int:
-    """Tokens of the longest pair when both sides share their prompt."""
+def pair_tokens(tokens: Dataset) -> np.ndarray:
+    """(rows,): tokens of each pair when both sides share their prompt."""
     columns = tokens.select_columns(["chosen_prompt_length", "chosen_length", "rejected_length"]).with_format("numpy")[:]
-    return int(sum(columns.values()).max())
+    return sum(columns.values())
+
+
+def longest_pair(tokens: Dataset) -> int:
+    return int(pair_tokens(tokens).max())
 
 
 def describe_tokens(tokens: Dataset, dropped: int, rules: LengthRules) -> str:
@@ -189,9 +223,19 @@ def describe_tokens(tokens: Dataset, dropped: int, rules: LengthRules) -> str:
         f"{int(table['truncated'].sum()):,} rows truncated to {rules.max_length}",
         f"chosen is the longer in {longer:.0%}",
     ]
+    if same := same_responses(tokens):
+        notes.append(f"chosen and rejected are the same tokens in {same:,} rows")
     if dropped:
         notes.append(f"{dropped:,} rows dropped (no response token left)")
     return "; ".join(notes)
+
+
+def same_responses(tokens: Dataset) -> int:
+    """Pairs in which nothing is preferred: what a template leaves out, or a cut, makes the same of different texts."""
+    lengths = tokens.select_columns(["chosen_length", "rejected_length"]).with_format("numpy")[:]
+    alike = np.flatnonzero(lengths["chosen_length"] == lengths["rejected_length"])
+    rows = tokens.select_columns([f"{side}_input_ids" for side in tokenization.SIDES]).select(alike)
+    return sum(row["chosen_input_ids"] == row["rejected_input_ids"] for row in rows)
 
 
 def spread(lengths: np.ndarray) -> str:
@@ -200,8 +244,8 @@ def spread(lengths: np.ndarray) -> str:
 
 def describe_published(texts: Dataset, tokens: Dataset, tokenizer: PreTrainedTokenizerBase) -> str:
     """How many rows each oddity of the published rules touches."""
-    question = [{"role": "user", "content": "question"}]
-    header_scored = chat.render(question, tokenizer) != chat.render(question, tokenizer, generation_prompt=True)
+    alone = chat.render([{"role": "assistant", "content": chat.PROBE}], tokenizer)
+    header_scored = bool(chat.without_bos(alone, tokenizer).partition(chat.PROBE)[0].strip())
     touched = {
         "assistant header scored with the response": len(tokens) if header_scored else 0,
         "empty system turn added": sum(texts["system_added"]),

@@ -1,20 +1,29 @@
 """One row as it comes -> its canonical columns, and what is wrong with it."""
 
 import hashlib
+import json
 import reprlib
-from collections.abc import Callable, Iterator
-from itertools import islice
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ROLES = ("system", "user", "assistant")
+from .files import not_utf8
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+# Columns beside the conversations that a chat template may read.
+TEMPLATE_COLUMNS = ("tools", "documents")
+# Keys of a turn, beside its content, that hold what somebody said; others (an id, a score) only tell of it.
+SAID = ("tool_calls", "reasoning_content", "reasoning", "thinking")
 
 UNREADABLE = "cannot be read"
 IDENTICAL = "identical responses"
 REPEATED = "prompt repeated in a response"
+REFUSED = "refused by the template"
 HARMLESS = {IDENTICAL, REPEATED}
 
-Turn = dict[str, str]
+Turn = dict[str, Any]
 
 
 class Finding(NamedTuple):
@@ -29,11 +38,69 @@ def code_digest() -> str:
     return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
 
 
-def read_batch(batch: dict[str, list], *, read: Callable[[dict[str, Any]], dict[str, list]], code: str) -> dict[str, list]:
-    """Columns in, canonical columns and findings out. `code` is there for the cache key only."""
-    rows = [read(dict(zip(batch, values, strict=True))) for values in zip(*batch.values(), strict=True)]
-    columns = {column: [row[column] for row in rows] for column in rows[0]}
-    return columns | {"findings": [[finding._asdict() for finding in row["findings"]] for row in rows]}
+def read_batch(
+    batch: dict[str, list], *, read: Callable[[dict[str, Any]], dict[str, list]], columns: tuple[str, ...], code: str
+) -> dict[str, list]:
+    """Records and their places in; canonical columns, places and findings out. `code` is there for the cache key only."""
+    rows = [read_record(record, read, columns) for record in batch["record"]]
+    canonical = {column: [[plain(turn) for turn in row[column]] for row in rows] for column in columns}
+    findings = [[finding._asdict() for finding in row["findings"]] for row in rows]
+    return canonical | {"more": [more(row, columns) for row in rows], "place": batch["place"], "findings": findings}
+
+
+def read_record(record: bytes, read: Callable[[dict[str, Any]], dict[str, list]], columns: tuple[str, ...]) -> dict[str, Any]:
+    problem = None
+    try:
+        row = json.loads(record.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        problem = not_utf8(error)
+    except json.JSONDecodeError as error:
+        problem = f"is no JSON ({error.msg} at column {error.colno}); every line holds one row, {{...}}"
+    except ValueError as error:  # a number of thousands of digits
+        problem = f"cannot be read: {error}"
+    except RecursionError:
+        problem = "is nested too deeply"
+    else:
+        if isinstance(row, dict):
+            given = {column: template_column(row, column) for column in TEMPLATE_COLUMNS if row.get(column)}
+            return {**read(row), **given}
+        problem = f"is {reprlib.repr(row)}, not a row {{...}}"
+    return {**{column: [] for column in columns}, "findings": [Finding(UNREADABLE, problem)]}
+
+
+def template_column(row: dict[str, Any], column: str) -> Any:
+    """A list of mappings; data sets that must have one type a column keep it as JSON text."""
+    value = row[column]
+    if isinstance(value, str):
+        with suppress(ValueError):
+            return json.loads(value)
+    return value
+
+
+def plain(turn: Turn) -> Turn:
+    return {"role": turn["role"], "content": turn["content"]}
+
+
+def more(row: dict[str, Any], columns: tuple[str, ...]) -> str:
+    """As JSON, what a template may read beside roles and contents; nothing where there is nothing."""
+    beside = {column: keys for column in columns if any(keys := [own_keys(turn) for turn in row[column]])}
+    beside |= {column: row[column] for column in TEMPLATE_COLUMNS if row.get(column)}
+    return json.dumps(beside) if beside else ""
+
+
+def own_keys(turn: Turn) -> Turn:
+    return {key: value for key, value in turn.items() if key not in ("role", "content")}
+
+
+def whole_turns(row: dict[str, Any], columns: Sequence[str]) -> dict[str, Any]:
+    """A row with its turns as they came, and the columns beside them: what `more` put aside is put back."""
+    beside = json.loads(row["more"]) if row.get("more") else {}
+    keys = {column: beside.pop(column, None) for column in columns}
+    whole = {
+        column: [turn | own for turn, own in zip(row[column], keys[column], strict=True)] if keys[column] else row[column]
+        for column in columns
+    }
+    return {**row, **whole, **beside}
 
 
 def read_pair(row: dict[str, Any]) -> dict[str, list]:
@@ -41,7 +108,7 @@ def read_pair(row: dict[str, Any]) -> dict[str, list]:
 
     A prompt that is no list of turns is ignored: the prompt is then all chosen turns but the last.
     """
-    problem = unreadable("chosen", row["chosen"]) or unreadable("rejected", row["rejected"])
+    problem = unreadable("chosen", row.get("chosen")) or unreadable("rejected", row.get("rejected"))
     prompt = turns(row["prompt"]) if unreadable("prompt", row.get("prompt")) is None else []
     if not problem and not prompt and len(row["chosen"]) == 1:
         problem = "no prompt turn: chosen is a response only, and there is no prompt list of {role, content}"
@@ -49,22 +116,22 @@ def read_pair(row: dict[str, Any]) -> dict[str, list]:
         return {"prompt": [], "chosen": [], "rejected": [], "findings": [Finding(UNREADABLE, problem)]}
 
     given = [turns(row["chosen"]), turns(row["rejected"])]
-    repeats = [bool(prompt) and len(said) > len(prompt) and said[: len(prompt)] == prompt for said in given]
-    chosen, rejected = (said if repeat else prompt + said for said, repeat in zip(given, repeats, strict=True))
+    repeats = [bool(prompt) and len(said_) > len(prompt) and same(said_[: len(prompt)], prompt) for said_ in given]
+    chosen, rejected = (said_ if repeat else prompt + said_ for said_, repeat in zip(given, repeats, strict=True))
     response = slice(len(prompt), None) if prompt else slice(-1, None)
     pair = {"prompt": prompt or chosen[:-1], "chosen": chosen[response], "rejected": rejected[response]}
 
-    findings = list(islice(pair_faults(chosen, rejected), 1))
+    findings = list(islice(chain(pair_faults(chosen, rejected), response_faults(pair)), 1))
     if any(repeats):
         findings.append(Finding(REPEATED, "a response repeats the prompt; the repeated turns are removed"))
-    if pair["chosen"] == pair["rejected"]:
+    if same(pair["chosen"], pair["rejected"]):
         findings.append(Finding(IDENTICAL, "chosen and rejected are the same response"))
     return pair | {"findings": findings}
 
 
 def read_conversation(row: dict[str, Any]) -> dict[str, list]:
     """messages as a list of turns, and findings."""
-    problem = unreadable("messages", row["messages"])
+    problem = unreadable("messages", row.get("messages"))
     if problem:
         return {"messages": [], "findings": [Finding(UNREADABLE, problem)]}
     messages = turns(row["messages"])
@@ -72,7 +139,17 @@ def read_conversation(row: dict[str, Any]) -> dict[str, list]:
 
 
 def turns(value: list[dict[str, Any]]) -> list[Turn]:
-    return [{"role": turn["role"], "content": turn["content"]} for turn in value]
+    """Turns without the keys that are null; a turn that only calls tools has an empty content."""
+    return [{"content": "", **{key: entry for key, entry in turn.items() if entry is not None}} for turn in value]
+
+
+def said(turn: Turn) -> Turn:
+    return {key: turn[key] for key in ("role", "content", *SAID) if turn.get(key)}
+
+
+def same(these: list[Turn], those: list[Turn]) -> bool:
+    """Whether the same was said, whatever else the turns tell."""
+    return [said(turn) for turn in these] == [said(turn) for turn in those]
 
 
 def unreadable(column: str, value: Any) -> str | None:
@@ -84,17 +161,45 @@ def unreadable(column: str, value: Any) -> str | None:
     if not value:
         return f"{column} is an empty list"
     for turn in value:
-        if not isinstance(turn, dict) or not all(isinstance(turn.get(key), str) for key in ("role", "content")):
+        if not is_turn(turn):
             return f"{column} has the turn {reprlib.repr(turn)}; a turn needs a role and a content, both text"
+        if not is_unicode(turn["role"] + (turn.get("content") or "")):
+            return f"{column} has the turn {reprlib.repr(turn)}, with half of a character (\\ud800 to \\udfff) in it"
     return None
+
+
+def is_turn(value: Any) -> bool:
+    """{role, content}; a turn that calls tools may have no content."""
+    if not isinstance(value, dict) or not isinstance(value.get("role"), str):
+        return False
+    return isinstance(value.get("content"), str) or (value.get("content") is None and bool(value.get("tool_calls")))
+
+
+def is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def pair_faults(chosen: list[Turn], rejected: list[Turn]) -> Iterator[Finding]:
     """Both are whole conversations, prompt and response."""
-    if chosen[:-1] != rejected[:-1]:
+    if not same(chosen[:-1], rejected[:-1]):
         yield Finding("earlier turns differ", "chosen and rejected differ before the last turn; they must share the prompt")
     yield from conversation_faults("chosen", chosen)
     yield from conversation_faults("rejected", rejected)
+
+
+def response_faults(pair: dict[str, list[Turn]]) -> Iterator[Finding]:
+    for side in ("chosen", "rejected"):
+        roles = [turn["role"] for turn in pair[side]]
+        if roles != ["assistant"]:
+            yield Finding(
+                "more than a reply in a response",
+                f"behind the prompt, {side} goes on with {len(roles)} turns ({', '.join(roles)}), which all count as its "
+                "response; a response is one assistant turn, so prompt must be the exact beginning of chosen and rejected",
+            )
 
 
 def conversation_faults(column: str, conversation: list[Turn]) -> Iterator[Finding]:
@@ -107,8 +212,8 @@ def conversation_faults(column: str, conversation: list[Turn]) -> Iterator[Findi
             "last turn is not the assistant's",
             f"{column} ends with a {last['role']} turn; the last turn must be the assistant's",
         )
-    if not last["content"].strip():
+    if not last["content"].strip() and not any(last.get(key) for key in SAID):
         yield Finding("empty response", f"the last turn of {column} is empty")
     # An empty system turn is a usual way of having none.
-    if any(turn["role"] != "system" and not turn["content"].strip() for turn in earlier):
+    if any(turn["role"] != "system" and not turn["content"].strip() and not turn.get("tool_calls") for turn in earlier):
         yield Finding("empty turn", f"{column} has an empty turn before the last one")

@@ -1,11 +1,13 @@
 """From what a recipe says about data to the token ids of its splits, prepared once and found again."""
 
 import hashlib
+import json
 import logging
 import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 from accelerate import PartialState
@@ -16,10 +18,16 @@ from ..errors import UserError
 from ..launch.turns import one_process_at_a_time
 from ..model.loading import load_tokenizer
 from ..recipe.configs import Run
-from . import chat, prepare
-from .mixing import get_datasets
+from . import chat, prepare, template
+from .mixing import count_reasons, flaws_of, get_datasets, listing
+from .sources import TEST
+from .tokenization import SIDES
 
 logger = logging.getLogger(__name__)
+
+# What is known of a pair beside its tokens, for the records of evaluations.
+TRUNCATED = tuple(f"{side}_truncated" for side in SIDES)
+PAIR_IDENTITY = (*(f"{column}_sha256" for column in chat.TEXT_COLUMNS), *TRUNCATED)
 
 
 @dataclass(frozen=True)
@@ -33,12 +41,13 @@ class DataKind:
 def ready_tokenizer(run_: Run) -> PreTrainedTokenizerBase:
     """The tokenizer with the chat template that is trained on, and that is saved with the model."""
     tokenizer = load_tokenizer(run_.model_args, run_.data_args)
-    tokenizer.chat_template, source = chat.find_chat_template(
+    found, source = template.find_chat_template(
         tokenizer,
         run_.model_args.model_name_or_path,
         recipe_template=run_.data_args.chat_template,
         preprocessing=run_.training_args.preprocessing,
     )
+    tokenizer.chat_template = template.with_settings(found, run_.data_args.chat_template_kwargs, tokenizer)
     logger.info("Chat template: %s.", source)
     return tokenizer
 
@@ -72,7 +81,7 @@ def tokenized_splits(kind: DataKind, tokenizer: PreTrainedTokenizerBase, run_: R
             for name, rows in conversations.items():
                 splits[name], notes = kind.tokenize(name, rows, tokenizer, run_)
                 logger.info("%s: %s; %s", name, reports[name], notes[0])
-                for note in notes[1:]:
+                for note in [*notes[1:], *reports[name].places]:
                     logger.info("%s: %s", name, note)
     except (OSError, pa.ArrowException, UserError) as error:
         if message := prepare.damage(error):
@@ -93,36 +102,78 @@ def stop_tokenizer_threads() -> None:
 def tokenize_pair_rows(name: str, rows: Dataset, tokenizer: PreTrainedTokenizerBase, run_: Run) -> tuple[Dataset, list[str]]:
     args = run_.training_args
     if args.preprocessing == "published":
-        chat.check_published_template(tokenizer)
-    texts = prepare.to_pair_texts(
-        rows,
-        tokenizer,
-        preprocessing=args.preprocessing,
-        add_system=run_.data_args.auto_insert_empty_system_msg,
-        num_proc=run_.workers,
-    )
+        chat.check_published_template(tokenizer, date=run_.date)
+    texts = prepare.to_pair_texts(rows, tokenizer, **text_settings(run_))
+    usable, found = usable_rows(name, texts, tokenizer, run_)
+    texts, rows = (each if len(usable) == len(each) else each.select(usable) for each in (texts, rows))
     if name == "train":
         log_samples(texts)
     tokens = prepare.to_tokens(texts, tokenizer, args.length_rules, num_proc=run_.workers)
+    if name == TEST:
+        tokens = with_hashes(tokens, rows)
     notes = [prepare.describe_tokens(tokens, dropped=len(texts) - len(tokens), rules=args.length_rules)]
     if args.preprocessing == "published":
         notes.append(prepare.describe_published(texts, tokens, tokenizer))
-    return tokens, notes
+    return tokens, notes + found
 
 
 def tokenize_conversation_rows(
     name: str, rows: Dataset, tokenizer: PreTrainedTokenizerBase, run_: Run
 ) -> tuple[Dataset, list[str]]:
-    texts = prepare.to_message_texts(
-        rows,
-        tokenizer,
-        preprocessing=run_.training_args.preprocessing,
-        add_system=run_.data_args.auto_insert_empty_system_msg,
-        num_proc=run_.workers,
-    )
-    preprocessing = run_.training_args.preprocessing
-    tokens = prepare.to_sequences(texts, tokenizer, num_proc=run_.workers, preprocessing=preprocessing)
-    return tokens, [f"tokens (median / 95 % / max): {prepare.spread(prepare.sequence_lengths(tokens))}"]
+    texts = prepare.to_message_texts(rows, tokenizer, **text_settings(run_))
+    usable, found = usable_rows(name, texts, tokenizer, run_)
+    texts = texts if len(usable) == len(texts) else texts.select(usable)
+    tokens = prepare.to_sequences(texts, tokenizer, num_proc=run_.workers, preprocessing=run_.training_args.preprocessing)
+    return tokens, [f"tokens (median / 95 % / max): {prepare.spread(prepare.sequence_lengths(tokens))}", *found]
+
+
+def text_settings(run_: Run) -> dict[str, Any]:
+    return {
+        "preprocessing": run_.training_args.preprocessing,
+        "add_system": run_.data_args.auto_insert_empty_system_msg,
+        "num_proc": run_.workers,
+        "date": run_.date,
+    }
+
+
+def usable_rows(name: str, texts: Dataset, tokenizer: PreTrainedTokenizerBase, run_: Run) -> tuple[list[int], list[str]]:
+    """Numbers of the rows that the template renders as it should, and a line for each thing found in some, and where first.
+
+    Raises UserError for a template that fails in all rows, and in `exact` for rows in which it fails, unless they are dropped.
+    """
+    args, flaws = run_.training_args, flaws_of(texts)
+    faults = [flaw for flaw in flaws if flaw.reason not in chat.REMARKS]
+    bad = {flaw.index for flaw in faults}
+    exact = args.preprocessing == "exact"
+    if len(bad) == len(texts) and (exact or all(flaw.reason in chat.MISUSED for flaw in faults)):
+        first = faults[0].message
+        advice = template.other_template() if exact else chat.way_out(tokenizer, run_.date)
+        told = "" if "Set chat_template" in first else f". {advice}"
+        raise UserError(f"the chat template fails in every row of {name}, first in {first}{told}")
+    if faults and exact and args.bad_rows == "refuse":
+        raise UserError(f"{listing(faults)}; bad_rows: drop leaves them out")
+    what = "dropped" if exact else "tolerated"
+    first = {flaw.reason: flaw.message for flaw in reversed(flaws)}
+    notes = [
+        f"{reason}: {count:,} rows{'' if reason in chat.REMARKS else f' {what}'}, first {first[reason]}"
+        for reason, count in count_reasons({(flaw.index, flaw.reason): flaw for flaw in flaws}.values()).items()
+    ]
+    return [number for number in range(len(texts)) if not exact or number not in bad], notes
+
+
+def with_hashes(tokens: Dataset, rows: Dataset) -> Dataset:
+    """With the SHA-256 of each pair's prompt and responses, by which another run, of whatever model, finds the pair again."""
+    as_given = rows.select(tokens["index"])
+    for column in chat.TEXT_COLUMNS:
+        hashes = [turns_hash(turns) for turns in as_given[column]]
+        tokens = tokens.add_column(f"{column}_sha256", hashes)
+    return tokens
+
+
+def turns_hash(turns: template.Turns) -> str:
+    """Of roles and contents as the data set has them, before any template or truncation."""
+    plain = json.dumps([[turn["role"], turn["content"]] for turn in turns], ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(plain.encode()).hexdigest()
 
 
 def log_samples(texts: Dataset) -> None:
@@ -136,6 +187,7 @@ CONVERSATIONS = DataKind(columns=("messages",), tokenize=tokenize_conversation_r
 
 def fingerprint(rows: Dataset) -> str:
     """SHA-256 of all rows in their order, wherever they were read from and however they are stored."""
+    rows = rows.remove_columns([column for column in PAIR_IDENTITY if column in rows.column_names])  # no run trains on them
     digest = hashlib.sha256(repr(rows.features).encode())
     for table in rows.with_format("arrow").iter(1000):
         table = table.take(pa.array(range(len(table))))  # a slice's last byte of bits would hold those of the next rows too

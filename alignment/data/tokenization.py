@@ -97,6 +97,7 @@ def tokenize_pair(
     tokenizer: PreTrainedTokenizerBase,
     rules: LengthRules,
     *,
+    add_eos: bool = False,
     add_bos: bool = True,
 ) -> dict[str, Any]:
     """One pair, from the ids of its prompt and of prompt + response, to what is trained on.
@@ -107,8 +108,9 @@ def tokenize_pair(
     parts = [split_response(prompt, full) for full in (chosen, rejected)]
     if not prompts_agree(parts[0].prompt, parts[1].prompt):
         raise ValueError("chosen and rejected do not begin with the same prompt tokens; the tokenizer merges across turns")
-    # `exact` leaves the template's own end of turn as it is: generation stops there.
-    whole = [add_ends(part, tokenizer, add_eos=rules.preprocessing == "published", add_bos=add_bos) for part in parts]
+    # `exact` leaves the template's own end of turn as it is, where generation stops there.
+    add_eos = add_eos or rules.preprocessing == "published"
+    whole = [add_ends(part, tokenizer, add_eos=add_eos, add_bos=add_bos) for part in parts]
     longer = max(len(part.response) for part in whole)
     if rules.preprocessing == "published":
         cut = [truncate_published(part, longer, rules) for part in whole]
@@ -120,6 +122,8 @@ def tokenize_pair(
         row[f"{side}_prompt_length"] = len(part.prompt)
         row[f"{side}_length"] = len(part.response)
     row["length"] = max(len(row[f"{side}_input_ids"]) for side in SIDES)  # for train_sampling_strategy: group_by_length
+    for side, before, after in zip(SIDES, whole, cut, strict=True):
+        row[f"{side}_truncated"] = after != before
     row["truncated"] = cut != whole
     row["eos_added"] = any(len(a.response) < len(b.response) for a, b in zip(parts, whole, strict=True))
     return row
@@ -154,17 +158,20 @@ def tokenize_pairs(
 ) -> dict[str, list[Any]]:
     """A batch of text pairs (columns prompt, chosen, rejected) as token ids, for `Dataset.map` in batches with indices.
 
-    Adds `index`, the row of the pair in its split. Raises UserError naming the row that cannot be tokenized.
+    Adds `index`, the row of the pair in its split. Rows that say so (column add_eos) are given an eos in `exact` too. Raises
+    UserError naming the row that cannot be tokenized.
     """
     columns = encode_pairs(tokenizer, *(batch[column] for column in ("prompt", *SIDES)))
     # `exact` adds no bos that nothing would write in front of a prompt that is served.
     add_bos = rules.preprocessing == "published" or writes_bos(tokenizer)
+    places = batch.get("place") or [f"row {index}" for index in indices]
+    add_eos = batch.get("add_eos") or [False] * len(indices)
     rows = []
-    for index, prompt, chosen, rejected in zip(indices, *columns, strict=True):
+    for index, place, ends_so, *ids in zip(indices, places, add_eos, *columns, strict=True):
         try:
-            rows.append({**tokenize_pair(prompt, chosen, rejected, tokenizer, rules, add_bos=add_bos), "index": index})
+            rows.append({**tokenize_pair(*ids, tokenizer, rules, add_eos=ends_so, add_bos=add_bos), "index": index})
         except ValueError as error:
-            raise UserError(f"row {index}: {error}") from error
+            raise UserError(f"{place}: {error}") from error
     return {key: [row[key] for row in rows] for key in rows[0]}
 
 
@@ -173,8 +180,12 @@ def tokenize_texts(
 ) -> dict[str, list[list[int]]]:
     """A batch of whole conversations (column text) as token ids, each with one bos where the tokenizer has it.
 
-    `exact`: where the text or the tokenizer writes one.
+    `exact`: where the text or the tokenizer writes one. Rows that say so (column add_eos) are given an eos.
     """
-    bos = tokenizer.bos_token_id if preprocessing == "published" or writes_bos(tokenizer) else None
-    ids = encode_texts(tokenizer, batch["text"])
-    return {"input_ids": [row if bos is None or row[:1] == [bos] else [bos, *row] for row in ids]}
+    add_bos = preprocessing == "published" or writes_bos(tokenizer)
+    add_eos = batch.get("add_eos") or [False] * len(batch["text"])
+    rows = [
+        add_ends(Response(ids, []), tokenizer, add_eos=ends_so, add_bos=add_bos)
+        for ids, ends_so in zip(encode_texts(tokenizer, batch["text"]), add_eos, strict=True)
+    ]
+    return {"input_ids": [row.prompt + row.response for row in rows]}

@@ -300,6 +300,14 @@ def base_identity(trainer: Trainer, model_args: ModelArguments) -> str | None:
     return base.revision or weights_fingerprint(Path(base.name))
 
 
+def start_identity(model_args: ModelArguments) -> str:
+    """Which weights training begins with: a commit of the Hub or a folder's fingerprint, of an adapter and of its base."""
+    adapter = find_adapter(model_args)
+    own = Source(model_args.model_name_or_path, model_args.model_revision)
+    sources = [own] if adapter is None else [adapter.source, adapter.base]
+    return " ".join(pinned(source).revision or weights_fingerprint(Path(source.name)) for source in sources)
+
+
 def weights_fingerprint(folder: Path) -> str:
     """A hash of the size of every weights file and of samples all over it, which no training leaves as they were."""
     digest = hashlib.sha256()

@@ -29,7 +29,7 @@ TOLERANCE = {False: 1e-3, True: 3e-2}
 # ---- Before training ----
 
 
-def rehearse(
+def try_to_save(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     came: dict[str, Any],

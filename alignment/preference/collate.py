@@ -2,6 +2,7 @@
 
 import bisect
 import heapq
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -25,23 +26,30 @@ class PaddedCollator:
     Returns input_ids, attention_mask and shift_labels, (2B, T), where shift_labels[r, t] is the token that position t
     predicts, or -100 where that is not of the response; scored, (N,), where that is in the flat rows; is_response, (2B, T);
     and the columns of `about_pairs`.
+    scores_prompt: label the prompts of the chosen rows too; is_chosen_row, (B, T), is where anything of such a row is scored.
     """
 
     pad_token_id: int
+    scores_prompt: bool = False
 
     def __call__(self, rows: list[Row]) -> Batch:
         sides = [(row[f"{side}_input_ids"], row[f"{side}_prompt_length"]) for side in SIDES for row in rows]
-        input_ids = [torch.tensor(ids) for ids, _ in sides]
-        labels = [torch.tensor(labels_of(ids, prompt_length)) for ids, prompt_length in sides]
-        shift_labels = pad_sequence(labels, batch_first=True, padding_value=IGNORED)
+        labels = [labels_of(ids, prompt_length) for ids, prompt_length in sides]
+        shift_labels, whole = padded(labels, IGNORED), {}
         is_response = shift_labels != IGNORED
+        if self.scores_prompt:
+            labels[: len(rows)] = [labels_of(row["chosen_input_ids"], 0) for row in rows]
+            shift_labels = padded(labels, IGNORED)
+            whole = {"is_chosen_row": shift_labels[: len(rows)] != IGNORED}
+        width = shift_labels.shape[1]
         return {
-            "input_ids": pad_sequence(input_ids, batch_first=True, padding_value=self.pad_token_id),
-            "attention_mask": pad_sequence([torch.ones_like(ids) for ids in input_ids], batch_first=True),
+            "input_ids": padded([ids for ids, _ in sides], self.pad_token_id),
+            "attention_mask": padded([[1] * len(ids) for ids, _ in sides], 0),
             "shift_labels": shift_labels,
-            "scored": is_response.flatten().nonzero().squeeze(-1),
+            "scored": torch.tensor([row * width + place for row, own in enumerate(labels) for place in places(own)]),
             "is_response": is_response,
-            **about_pairs(rows),
+            **whole,
+            **about_pairs(rows, scores_prompt=self.scores_prompt),
         }
 
 
@@ -51,24 +59,34 @@ class PackedCollator:
 
     Returns input_ids, position_ids and shift_labels, (1, T); scored, (N,), the positions that are; is_response, (2B, T),
     which tokens of the row are scored for which response; shared_prompt, the layout of attention; an attention_mask that
-    only says that no mask is to be made; and the columns of `about_pairs`.
+    only says that no mask is to be made; and the columns of `about_pairs`. scores_prompt: as of PaddedCollator.
     """
+
+    scores_prompt: bool = False
 
     def __call__(self, rows: list[Row]) -> Batch:
         pairs = [packed_pair(row) for row in rows]
         pieces = [piece for pair in pairs for piece in pair]
-        shift_labels = torch.tensor([label for piece in pieces for label in piece.labels])
-        lengths = torch.tensor([len(piece.ids) for piece in pieces])
-        owner = torch.tensor(owners(len(rows))).repeat_interleave(lengths)
+        labels = [label for piece in pieces for label in piece.labels]
+        shift_labels, whole = torch.tensor(labels), {}
+        owner = repeated(owners(len(rows)), [len(piece.ids) for piece in pieces])
+        is_response = (owner == torch.arange(2 * len(rows))[:, None]) & (shift_labels != IGNORED)
+        if self.scores_prompt:
+            labels = [label for row in rows for label in whole_chosen_labels(row)]
+            shift_labels = torch.tensor(labels)
+            pair = repeated(list(range(len(rows))), [packed_tokens(row) for row in rows])
+            in_row = (pair == torch.arange(len(rows))[:, None]) & (owner < len(rows))
+            whole = {"is_chosen_row": in_row & (shift_labels != IGNORED)}
         return {
             "input_ids": torch.tensor([[token for piece in pieces for token in piece.ids]]),
             "position_ids": torch.cat([torch.arange(p.start, p.start + len(p.ids)) for p in pieces])[None],
             "shift_labels": shift_labels[None],
-            "scored": (shift_labels != IGNORED).nonzero().squeeze(-1),
-            "is_response": (owner == torch.arange(2 * len(rows))[:, None]) & (shift_labels != IGNORED),
+            "scored": torch.tensor(places(labels)),
+            "is_response": is_response,
+            **whole,
             "shared_prompt": shared_prompt_layout([tuple(len(piece.ids) for piece in pair) for pair in pairs]),
             "attention_mask": torch.zeros(1, 1, 1, 1, dtype=torch.bool),  # transformers hands a 4D mask on as it is
-            **about_pairs(rows),
+            **about_pairs(rows, scores_prompt=self.scores_prompt),
         }
 
 
@@ -77,7 +95,8 @@ class RowCollator:
     """B pairs -> {"rows": Rows}: as they are, to be divided when those of the whole optimizer step are known."""
 
     def __call__(self, rows: list[Row]) -> Batch:
-        return {"rows": Rows([{**row, "sft_scale": scale} for row, scale in zip(rows, sft_scales(rows), strict=True)])}
+        scales = {"sft_scale": sft_scale(rows), "whole_scale": whole_scale(rows)}
+        return {"rows": Rows([{**row, **scales} for row in rows])}
 
 
 @dataclass(frozen=True)
@@ -158,6 +177,13 @@ def packed_pair(row: Row) -> tuple[Piece, Piece, Piece]:
     return prompt, *(Piece(ids[start:-1], labels_of(ids, prompt_length)[start:-1], start) for ids, prompt_length in sides)
 
 
+def whole_chosen_labels(row: Row) -> list[int]:
+    """What each position of the packed pair predicts where the chosen row is scored from its first token on."""
+    start = shared_tokens(row)
+    whole, rejected = labels_of(row["chosen_input_ids"], 0), labels_of(row["rejected_input_ids"], row["rejected_prompt_length"])
+    return [*whole[:start], *whole[start:-1], *rejected[start:-1]]
+
+
 def shared_tokens(row: Row) -> int:
     """Tokens that are computed once for both sides: the prompt they have in common, but its last token.
 
@@ -180,6 +206,21 @@ def owners(pairs: int) -> list[int]:
     return [owner for pair in range(pairs) for owner in (-1, pair, pairs + pair)]
 
 
+def places(labels: list[int]) -> list[int]:
+    """Where something is predicted that is scored."""
+    return [place for place, label in enumerate(labels) if label != IGNORED]
+
+
+def padded(rows: list[list[int]], value: int) -> Tensor:
+    """(rows, T) of the longest row's T, the others filled up on the right."""
+    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)
+
+
+def repeated(values: list[int], times: list[int]) -> Tensor:
+    """Each value so many times, one behind the other."""
+    return torch.tensor(values).repeat_interleave(torch.tensor(times), output_size=sum(times))
+
+
 def labels_of(ids: list[int], prompt_length: int) -> list[int]:
     """What each position predicts: the next token where it belongs to the response, -100 elsewhere."""
     first = max(prompt_length, 1)  # nothing predicts the first token of a sequence
@@ -196,27 +237,35 @@ class TokenCounts:
     distinct: int  # what the packed row holds
     padded: int  # what 2B rows padded to the longest would hold
     scored: int  # of the distinct ones, those whose prediction is scored: all that the head computes
-    chosen: int  # of the scored ones, the chosen responses'
-    pairs: int
+    unpadded: int = 0  # of the padded ones, those that are no padding
+    chosen: int = 0  # of the chosen responses
+    whole_chosen: int = 0  # of the chosen rows, prompt and response, but their first
+    pairs: int = 0
 
 
-def about_pairs(rows: list[Row]) -> dict[str, Tensor | TokenCounts]:
-    """index, (B,): the pairs' rows in their split; sft_scale, (B,); and the micro-batch's token counts."""
+def about_pairs(rows: list[Row], *, scores_prompt: bool = False) -> dict[str, Tensor | TokenCounts]:
+    """index, (B,): the pairs' rows in their split; sft_scale and whole_scale, (B,); and the micro-batch's token counts."""
     return {
         "index": torch.tensor([row["index"] for row in rows]),
-        "sft_scale": torch.tensor([row["sft_scale"] for row in rows] if "sft_scale" in rows[0] else sft_scales(rows)),
-        "token_counts": token_counts(rows),
+        "sft_scale": scales_of(rows, "sft_scale", sft_scale),
+        "whole_scale": scales_of(rows, "whole_scale", whole_scale),
+        "token_counts": token_counts(rows, scores_prompt=scores_prompt),
     }
 
 
-def token_counts(rows: list[Row]) -> TokenCounts:
+def token_counts(rows: list[Row], *, scores_prompt: bool = False) -> TokenCounts:
     lengths = [len(row[f"{side}_input_ids"]) for side in SIDES for row in rows]
-    responses = [sum(len(row[f"{side}_input_ids"]) - max(row[f"{side}_prompt_length"], 1) for row in rows) for side in SIDES]
+    chosen, rejected = (
+        sum(len(row[f"{side}_input_ids"]) - max(row[f"{side}_prompt_length"], 1) for row in rows) for side in SIDES
+    )
+    whole = sum(length - 1 for length in lengths[: len(rows)])
     return TokenCounts(
         distinct=sum(packed_tokens(row) for row in rows),
         padded=len(lengths) * max(lengths),
-        scored=sum(responses),
-        chosen=responses[0],
+        unpadded=sum(lengths),
+        scored=(whole if scores_prompt else chosen) + rejected,
+        chosen=chosen,
+        whole_chosen=whole,
         pairs=len(rows),
     )
 
@@ -229,7 +278,16 @@ def on_device(batch: Batch, device: torch.device) -> Batch:
     return send_to_device(pinned, device, non_blocking=True)
 
 
-def sft_scales(rows: list[Row]) -> list[float]:
+def scales_of(rows: list[Row], name: str, scale: Callable[[list[Row]], float]) -> Tensor:
+    """(B,): what the rows carry since they were divided by tokens, or what they have among themselves."""
+    return torch.tensor([row[name] for row in rows] if name in rows[0] else [scale(rows)] * len(rows))
+
+
+def sft_scale(rows: list[Row]) -> float:
     """What a pair's chosen nats are multiplied by, so that their sum is B times the micro-batch's mean per chosen token."""
-    tokens = sum(len(row["chosen_input_ids"]) - row["chosen_prompt_length"] for row in rows)
-    return [len(rows) / tokens] * len(rows)
+    return len(rows) / sum(len(row["chosen_input_ids"]) - row["chosen_prompt_length"] for row in rows)
+
+
+def whole_scale(rows: list[Row]) -> float:
+    """The same of chosen rows whose prompt is scored too; their first token, which nothing predicts, is not."""
+    return len(rows) / sum(len(row["chosen_input_ids"]) - 1 for row in rows)

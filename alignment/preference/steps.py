@@ -13,9 +13,8 @@ from transformers import TrainerCallback
 
 from ..data.prepare import longest_pair
 from ..errors import UserError
-from ..model.layers import recompute_first
-from ..run.guards import GuardedSteps
 from .collate import Batch, PackedCollator, PaddedCollator, Row, RowCollator, TokenCounts, divided, on_device, token_counts
+from .fitting import FittedSteps
 from .metrics import RunningMeans
 from .throughput import Throughput
 
@@ -27,9 +26,10 @@ class StepSize(NamedTuple):
 
     pairs: float | Tensor
     chosen_tokens: float | Tensor
+    whole_chosen_tokens: float | Tensor  # of prompt and response
 
 
-class DividedSteps(GuardedSteps):
+class DividedSteps(FittedSteps):
     """A Trainer whose optimizer steps are divided into micro-batches of pairs; a subclass says what a micro-batch's loss is.
 
     The subclass has `throughput`, and appends to `step_sums` what it measures of each micro-batch: name -> sum and count.
@@ -47,9 +47,9 @@ class DividedSteps(GuardedSteps):
             self.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
 
     def get_train_dataloader(self) -> DataLoader:
-        """Batches of a fixed number of pairs; with max_tokens_per_micro_batch their rows, which `get_batch_samples` divides."""
+        """Batches of a fixed number of pairs; divided by tokens their rows, which `get_batch_samples` divides."""
         collator = self.data_collator
-        if self.args.max_tokens_per_micro_batch is not None:
+        if self.by_tokens:
             self.data_collator = RowCollator()
         try:
             return super().get_train_dataloader()
@@ -67,11 +67,11 @@ class DividedSteps(GuardedSteps):
         self.throughput.start_step()
         if not samples:
             return samples, None
-        if self.args.max_tokens_per_micro_batch is None:
+        if not self.by_tokens:
             counts = [sample["token_counts"] for sample in samples]
         else:
             parts, rounds = self.divided_evenly([row for sample in samples for row in sample["rows"].rows])
-            counts = [token_counts(part) for part in parts]
+            counts = [token_counts(part, scores_prompt=self.data_collator.scores_prompt) for part in parts]
             divided_step = {"micro_batches": parts, "token_counts": counts, "rounds": rounds}
             samples = [*({"micro_batches": [], "token_counts": []} for _ in samples[1:]), divided_step]
         self.throughput.counts += counts
@@ -79,7 +79,7 @@ class DividedSteps(GuardedSteps):
 
     def divided_evenly(self, rows: list[Row]) -> tuple[list[list[Row]], int]:
         """This process's rows in micro-batches within the budget, and how many the process with the most makes: as many."""
-        budget = self.args.max_tokens_per_micro_batch
+        budget = self.max_tokens
         parts = divided(rows, self.data_collator, budget)
         if self.accelerator.num_processes == 1:
             return parts, len(parts)
@@ -88,7 +88,7 @@ class DividedSteps(GuardedSteps):
         return even if len(even) <= most else parts, most
 
     def step_size(self, counts: list[TokenCounts]) -> StepSize:
-        sums = [float(sum(getattr(count, name) for count in counts)) for name in ("pairs", "chosen")]
+        sums = [float(sum(getattr(count, name) for count in counts)) for name in ("pairs", "chosen", "whole_chosen")]
         if self.accelerator.num_processes == 1:
             return StepSize(*sums)
         return StepSize(*self.accelerator.reduce(torch.tensor(sums, device=self.args.device), reduction="sum"))
@@ -97,10 +97,30 @@ class DividedSteps(GuardedSteps):
         """Forward and backward of a micro-batch, or of all of a step where the step is divided by tokens."""
         if "micro_batches" not in inputs:
             return super().training_step(model, inputs, num_items_in_batch)
-        parts = inputs["micro_batches"]
-        if not parts:
+        if not inputs["micro_batches"]:
             return torch.zeros((), device=self.args.device)
-        losses = []
+        while True:
+            try:
+                return self.divided_step(model, inputs, num_items_in_batch)
+            except torch.OutOfMemoryError:
+                if not self.halve():
+                    raise
+            self.forget_step(model)
+            parts, rounds = self.divided_evenly([row for part in inputs["micro_batches"] for row in part])
+            inputs = {**inputs, "micro_batches": parts, "rounds": rounds}
+
+    def forget_step(self, model: nn.Module) -> None:
+        """Let the running step begin again: a step begins without gradients."""
+        model.zero_grad()
+        self.step_sums.clear()
+        self.step_rows.clear()
+        self.micro_batch = None
+        if self.args.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def divided_step(self, model: nn.Module, inputs: Batch, step: StepSize | None) -> Tensor:
+        """The step's loss, after forward and backward of all its micro-batches."""
+        parts, losses = inputs["micro_batches"], []
         for number in range(inputs["rounds"]):
             last = number == inputs["rounds"] - 1
             self.accelerator.gradient_state._set_sync_gradients(last)
@@ -109,8 +129,17 @@ class DividedSteps(GuardedSteps):
                 # collectives come in equal numbers.
                 batch = on_device(self.data_collator(parts[min(number, len(parts) - 1)]), self.args.device)
                 batch = batch if number < len(parts) else {**batch, "repeated": True}
-                losses.append(super().training_step(model, batch, num_items_in_batch))
+                losses.append(super().training_step(model, batch, step))
         return torch.stack(losses).sum()
+
+    def _track_num_input_tokens(self, inputs: Batch) -> None:
+        """As the Trainer, of batches that may be packed, or divided further."""
+        if self.args.include_num_input_tokens_seen == "no":
+            return
+        kind = self.args.include_num_input_tokens_seen
+        count = sum(input_tokens(counts, kind, self.data_collator) for counts in counts_of(inputs))
+        counts = torch.as_tensor(count, device=self.args.device, dtype=torch.int64)
+        self.state.num_input_tokens_seen += self.accelerator.gather(counts).sum().item()
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         """Behind every step. The means are those of the steps that were taken."""
@@ -119,18 +148,6 @@ class DividedSteps(GuardedSteps):
                 self.train_means.add(name, total, count)
         self.step_sums.clear()
         super()._maybe_log_save_evaluate(*args, **kwargs)
-
-
-class RecomputedLayers(TrainerCallback):
-    """Says which layers are computed again, once the Trainer has switched gradient checkpointing on for all of them."""
-
-    def __init__(self, count: int | None):
-        self.count = count
-
-    def on_train_begin(self, args, state, control, model: nn.Module, **kwargs) -> None:
-        if args.gradient_checkpointing and self.count is not None:
-            layers = recompute_first(model, self.count)
-            logger.info("%d of %d layers are computed again in the backward pass.", min(self.count, layers), layers)
 
 
 class StepClock(TrainerCallback):
@@ -147,6 +164,13 @@ def counts_of(sample: Batch) -> list[TokenCounts]:
     """Of the micro-batches that a sample of the Trainer's stands for."""
     counts = sample["token_counts"]
     return counts if isinstance(counts, list) else [counts]
+
+
+def input_tokens(counts: TokenCounts, kind: str, collator: PaddedCollator | PackedCollator) -> int:
+    """Of all rows, padding included or (non_padding) not; a packed row has none."""
+    if isinstance(collator, PackedCollator):
+        return counts.distinct
+    return counts.unpadded if kind == "non_padding" else counts.padded
 
 
 def check_token_budget(budget: int, collator: PaddedCollator | PackedCollator, rows: Dataset | None) -> None:

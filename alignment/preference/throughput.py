@@ -43,7 +43,7 @@ class Throughput:
     def restore(self, state: list[float]) -> None:
         """Add what `state` gave to what has been counted since."""
         *sums, seconds = state
-        self.counts.append(TokenCounts(*sums, chosen=0, pairs=0))
+        self.counts.append(TokenCounts(*sums))
         self.seconds += seconds
 
     def flush(self, accelerator: Accelerator) -> dict[str, float]:

@@ -7,6 +7,8 @@ from typing import Any, Literal, NamedTuple
 
 from ..errors import ConfigError, Problem, UserError
 from ..launch.launch import STRATEGIES, start_process_group
+from ..report.objective import Objective
+from .ranges import trainer_problems
 
 PREPROCESSING_MODES = ("published", "exact")
 DTYPES = ("auto", "float32", "float16", "bfloat16")
@@ -154,7 +156,17 @@ class DataArguments:
     text_column: str = field(default="text", metadata={"help": "Column of plain text, for continued pre-training."})
     chat_template: str | None = field(
         default=None,
-        metadata={"help": "A shipped template (llama-3, mistral, gemma, zephyr), a .jinja file, or Jinja text."},
+        metadata={
+            "help": "A shipped template (llama-3, mistral, gemma, zephyr), one of the tokenizer's named ones, a .jinja file, "
+            "or Jinja text."
+        },
+    )
+    chat_template_kwargs: dict[str, Any] | None = field(
+        default=None,
+        metadata={
+            "help": "Values for variables that the chat template reads, e.g. {enable_thinking: false}; the saved tokenizer's "
+            "template has them as defaults."
+        },
     )
     auto_insert_empty_system_msg: bool = field(
         default=True,
@@ -167,6 +179,9 @@ class DataArguments:
         problems = positive_problem(self, "preprocessing_num_workers")
         if self.truncation_side is not None:
             problems += choice_problem(self, "truncation_side", ("left", "right"))
+        for key in self.chat_template_kwargs or {}:
+            if not key.isidentifier():
+                problems.append(Problem(f"chat_template_kwargs.{key}", self.chat_template_kwargs[key], "is no variable's name"))
         for source, share in (self.dataset_mixer or {}).items():
             if not is_share(share):
                 problems.append(
@@ -222,6 +237,23 @@ class RunArguments:
         default=False,
         metadata={"help": "Resume what was written elsewhere, though loading it may run the code that it holds."},
     )
+    do_train: bool | None = field(default=None, metadata={"help": "Nothing but true: every run trains."})
+    do_eval: bool | None = field(
+        default=None,
+        metadata={
+            "help": "true: evaluate, at the end at least; false: never, whatever eval_strategy says; null: as that says."
+        },
+    )
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={
+            "help": "Stop after so many evaluations in a row without a better metric_for_best_model (loss, if none is named)."
+        },
+    )
+    early_stopping_threshold: float = field(
+        default=0.0, metadata={"help": "How much better an evaluation must be to count for early_stopping_patience."}
+    )
+
     save_steps: float = field(
         default=0.25, metadata={"help": "Optimizer steps between checkpoints; below 1, a share of the whole run."}
     )
@@ -277,9 +309,31 @@ class RunArguments:
             self.gradient_accumulation_steps = self.total_train_batch_size // self.rows_per_forward
         start_process_group(self.ddp_timeout, os.environ, use_cpu=self.use_cpu)
         loader_is_default = self.accelerator_config is None
+        self.settle_evaluation()
+        self.settle_model_kwargs()
         super().__post_init__()
         if loader_is_default:  # batches are copied while the GPU computes
             self.accelerator_config.non_blocking = self.dataloader_pin_memory
+
+    @classmethod
+    def metrics(cls, values: Any) -> list[str]:
+        """What an evaluation of a run with these values reports, without `eval_`: what metric_for_best_model may name."""
+        return ["loss"]
+
+    def settle_model_kwargs(self) -> None:
+        """torch_dtype, as everybody writes it: transformers takes dtype, and would not see the other beside it."""
+        kwargs = getattr(self, "model_init_kwargs", None)
+        if isinstance(kwargs, dict) and "torch_dtype" in kwargs:
+            self.model_init_kwargs = {"dtype" if key == "torch_dtype" else key: value for key, value in kwargs.items()}
+
+    def settle_evaluation(self) -> None:
+        """In front of transformers, which takes any eval_strategy for do_eval = true and knows no null."""
+        self.do_train = True
+        if self.do_eval is False:
+            self.eval_strategy = "no"
+        self.do_eval = bool(self.do_eval)
+        if self.early_stopping_patience is not None and self.metric_for_best_model is None:
+            self.metric_for_best_model = "loss"
 
     def __getstate__(self) -> dict[str, Any]:
         # The Trainer pickles its arguments into checkpoints, and pushes them.
@@ -287,7 +341,7 @@ class RunArguments:
 
     def problems(self) -> list[Problem]:
         """What is wrong with the method's own fields; each method adds its own."""
-        problems = choice_problem(self, "preprocessing", PREPROCESSING_MODES)
+        problems = [*choice_problem(self, "preprocessing", PREPROCESSING_MODES), *trainer_problems(self)]
         problems += choice_problem(self, "bad_rows", ("refuse", "drop"))
         problems += choice_problem(self, "on_save_failure", ("continue", "stop"))
         if self.save_dtype is not None:
@@ -313,9 +367,21 @@ class RunArguments:
                 "or launch with accelerate_configs/fsdp.yaml"
             )
             problems.append(Problem("skip_nonfinite", self.skip_nonfinite, advice))
-        if self.logging_nan_inf_filter:
-            problems.append(Problem("logging_nan_inf_filter", True, "must be false"))
         return problems
+
+    @property
+    def objective(self) -> Objective:
+        """What the run optimizes."""
+        raise NotImplementedError
+
+    @property
+    def followed_defaults(self) -> dict[str, Any]:
+        """Fields whose default depends on others, as they stand, for the record."""
+        return {}
+
+    def remarks(self) -> list[Problem]:
+        """What is allowed, and worth a line."""
+        return []
 
     def batch_problems(self) -> list[Problem]:
         total = self.total_train_batch_size
@@ -353,6 +419,7 @@ class Run(NamedTuple):
     data_args: DataArguments
     training_args: RunArguments
     recipe: str  # YAML of every field, without secrets
+    date: str | None = None  # the day that chat templates read, as 2026-07-29; null: each one's own clock
 
     @property
     def output_dir(self) -> Path:

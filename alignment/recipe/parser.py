@@ -4,16 +4,27 @@ import dataclasses
 import difflib
 import re
 import sys
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
 
 from ..errors import ConfigError, Problem, UserError
-from .values import Mismatch, read_as, read_bool, read_choice, read_float
+from .values import (
+    Doubtful,
+    Mismatch,
+    expanded,
+    expanded_input,
+    expanded_template,
+    read_as,
+    read_bool,
+    read_choice,
+    read_float,
+)
 
 # What published recipes say, and what it is called now. An entry counts where the new name is a field.
 RENAMED = {
@@ -38,6 +49,19 @@ DROPPED = {
     "overwrite_output_dir": "what output_dir holds decides whether the run resumes",
     "save_safetensors": "weights are always safetensors",
 }
+# What trackers read from the environment, and no recipe: the beginnings of such names.
+ENVIRONMENT = ("wandb_", "mlflow_", "tensorboard_", "comet_", "neptune_", "clearml_", "swanlab_", "hf_", "nccl_", "cuda_")
+# Fields that name files and folders: `~/runs` and `$SCRATCH/runs` mean there what they mean to a shell.
+PATHS: dict[str, Callable[[str], str]] = {
+    "output_dir": expanded,
+    "chat_template": expanded_template,
+    **dict.fromkeys(
+        ("model_name_or_path", "tokenizer_name_or_path", "resume_from_checkpoint", "deepspeed", "fsdp_config",
+         "accelerator_config", "chat_template_path", "dataset_mixer"),
+        expanded_input,
+    ),
+}  # fmt: skip
+MOST_COMPLAINTS = 40  # in one message; who has more has given another kind of file
 # Texts that end in _token and open no door.
 SPECIAL_TOKENS = ("bos_token", "cls_token", "eos_token", "mask_token", "pad_token", "sep_token", "unk_token")
 
@@ -47,13 +71,15 @@ class RecipeError(UserError):
 
     def __init__(self, complaints: Iterable[str]):
         self.complaints = list(complaints)
-        super().__init__("\n".join(self.complaints))
+        more = len(self.complaints) - MOST_COMPLAINTS
+        rest = [f"... and {more} more of the kind"] if more > 0 else []
+        super().__init__("\n".join([*self.complaints[:MOST_COMPLAINTS], *rest]))
 
 
 class Given(NamedTuple):
     """A key and its value as the user wrote them."""
 
-    place: str  # the recipe file, or the option as typed
+    place: str  # the recipe file and its line, or the option as typed
     key: str
     value: Any
 
@@ -66,6 +92,10 @@ class Given(NamedTuple):
             return self.place
         value = "..." if is_secret(self.key) else repr(self.value)
         return f"{self.place}: {self.key} = {value}"
+
+
+# Problems of all fields of all dataclasses together, as they were given or at their defaults.
+Check = Callable[[SimpleNamespace], list[Problem]]
 
 
 class Setting(NamedTuple):
@@ -93,14 +123,19 @@ class Loader(yaml.SafeLoader):
         return node
 
 
+# 010 and 1:30, which YAML 1.1 counts in eights and in sixties.
+DOUBTFUL = re.compile(r"[-+]?(0[0-9_]+|[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?)$")
+
+
 class Dumper(yaml.SafeDumper):
     """YAML that Loader and PyYAML's own loaders read back equal."""
 
 
 Loader.yaml_implicit_resolvers = {
-    start: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
+    start: [("!doubtful", DOUBTFUL), *((tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp"))]
     for start, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
+Loader.add_constructor("!doubtful", lambda loader, node: Doubtful(node.value))
 SCIENTIFIC = re.compile(r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9_]*)?)[eE][-+]?[0-9]+$")
 Loader.add_implicit_resolver("tag:yaml.org,2002:float", SCIENTIFIC, list("-+.0123456789"))
 Dumper.add_implicit_resolver("tag:yaml.org,2002:float", SCIENTIFIC, list("-+.0123456789"))
@@ -109,7 +144,9 @@ Dumper.add_implicit_resolver("tag:yaml.org,2002:float", SCIENTIFIC, list("-+.012
 def read_recipe(path: str) -> list[Given]:
     """The keys of a flat YAML mapping. Raises RecipeError where there is none."""
     try:
-        content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader)
+        document = only_document(Path(path).read_text(encoding="utf-8"))
+        loader = Loader("")
+        content = None if document is None else loader.construct_document(document)
     except FileNotFoundError:
         siblings = [sibling.name for sibling in Path(path).parent.glob("*.y*ml")]
         raise RecipeError([f"{path}: no such file{suggestion(closest(Path(path).name, siblings))}"]) from None
@@ -122,8 +159,17 @@ def read_recipe(path: str) -> list[Given]:
     if content is None:
         raise RecipeError([f"{path}: is empty; expected lines of `key: value`"])
     if not isinstance(content, dict):
-        raise RecipeError([f"{path}: holds a {type(content).__name__}; expected lines of `key: value`"])
-    return [Given(path, str(key), value) for key, value in content.items()]
+        raise RecipeError([f"{path}, line 1: holds a {type(content).__name__}; expected lines of `key: value`"])
+    lines = {loader.construct_object(key, deep=True): key.start_mark.line + 1 for key, _ in document.value}
+    return [Given(f"{path}, line {lines[key]}", str(key), value) for key, value in content.items()]
+
+
+def only_document(text: str) -> yaml.Node | None:
+    """Empty ones aside, such as what stands behind a last `---`."""
+    documents = [node for node in yaml.compose_all(text, Loader) if node.tag != "tag:yaml.org,2002:null"]
+    if len(documents) > 1:
+        raise yaml.MarkedYAMLError(problem="a second document begins", problem_mark=documents[1].start_mark)
+    return documents[0] if documents else None
 
 
 def closest(word: str, candidates: Iterable[str]) -> str | None:
@@ -188,7 +234,20 @@ class Target(NamedTuple):
         result = read_as(bool | self.kind if "const" in metadata else self.kind, value)
         if result is None and self.field.default == "none":
             return "none"  # `report_to`, which takes null for the name of a tracker
+        # Keys of dataset_mixer are paths; those of settings that may also be a file's path are not.
+        is_settings = isinstance(result, dict) and self.field.name != "dataset_mixer"
+        if (expand := PATHS.get(self.field.name)) is not None and not is_settings:
+            result = with_expanded(expand, result)
         return result if result is None or "choices" not in metadata else read_choice(metadata["choices"], result)
+
+
+def with_expanded(expand: Callable[[str], str], value: Any) -> Any:
+    """A path, or the paths that are the keys of a mapping."""
+    if isinstance(value, dict):
+        if len(entries := {expand(key): entry for key, entry in value.items()}) < len(value):
+            raise Mismatch("every path once")
+        return entries
+    return expand(value) if isinstance(value, str) else value
 
 
 # ---- Old spellings ----
@@ -232,7 +291,7 @@ class H4ArgumentParser(HfArgumentParser):
     """Fills dataclasses from `[RECIPE.yaml] [--key=value ...]`; the command line beats the recipe.
 
     After parse(), `recipe` maps every given key, under its present name, to its value of the declared type, and
-    `notices` has a line for every old spelling that was understood.
+    `notices` has a line for every old spelling that was understood and for every value that a config remarks on.
     """
 
     recipe: dict[str, Any]
@@ -248,13 +307,17 @@ class H4ArgumentParser(HfArgumentParser):
         }
         self.old_spellings = old_spellings(self.targets)
 
-    def parse(self, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
-        """One object of each dataclass. Raises RecipeError, which lists everything that is wrong."""
+    def parse(self, argv: Sequence[str] | None = None, checks: Sequence[Check] = ()) -> tuple[Any, ...]:
+        """One object of each dataclass. Raises RecipeError, which lists everything that is wrong.
+
+        checks: what a dataclass cannot know, such as whether a package is installed; their problems are listed with the rest.
+        """
         words = sys.argv[1:] if argv is None else argv
         if "-h" in words or "--help" in words:
             self.print_help()
             self.exit()
         path, options = split_command_line(words)
+        self.place = path or "the command line"
         self.notices = []
         self.complaints: list[str] = []
         # Keys whose value cannot be used: what is said about the defaults in their place would mislead.
@@ -262,15 +325,23 @@ class H4ArgumentParser(HfArgumentParser):
         settings = self.accept(read_recipe(path) if path else [])
         settings |= self.accept(read_options(options, {*self.targets, *self.old_spellings}))
         objects = tuple(self.build(kind, settings) for kind in self.dataclass_types)
+        self.settings, values = settings, self.values(settings)
+        self.complain([problem for check in checks for problem in check(values)], settings)
         if self.complaints:
             raise RecipeError(self.complaints)
         self.recipe = {key: setting.value for key, setting in settings.items()}
         return objects
 
+    def refuse(self, problems: Iterable[Problem]) -> None:
+        """Raises RecipeError for what turned out to be wrong after parse()."""
+        lines = [blame(problem, self.settings, self.place) for problem in problems]
+        if lines:
+            raise RecipeError(lines)
+
     def accept(self, source: Iterable[Given]) -> dict[str, Setting]:
         """The usable settings of one place, by present key; complaints about the others."""
         settings: dict[str, Setting] = {}
-        for given in source:
+        for given in self.rewritten(list(source)):
             try:
                 self.add(given, settings)
             except Mismatch as mismatch:
@@ -278,6 +349,25 @@ class H4ArgumentParser(HfArgumentParser):
                 self.doubtful.add(self.present_key(given.key))
         self.notices += [setting.notice for setting in settings.values() if setting.notice]
         return settings
+
+    def rewritten(self, source: list[Given]) -> list[Given]:
+        """What is given in one place, in this suite's keys where a config knows another library's (`rewrite`)."""
+        for kind in self.dataclass_types:
+            if not source or not hasattr(kind, "rewrite"):
+                continue
+            place = "command line" if source[0].is_option else source[0].place
+            before = {given.key: given for given in source}
+            try:
+                values, notices = kind.rewrite({key: given.value for key, given in before.items()})
+            except Mismatch as mismatch:
+                self.complaints.append(f"{place}: expected {mismatch}")
+                continue
+            self.notices += [f"{place}: {notice}" for notice in notices]
+            source = [
+                before[key] if key in before and before[key].value is value else Given(place, key, value)
+                for key, value in values.items()
+            ]
+        return source
 
     def add(self, given: Given, settings: dict[str, Setting]) -> None:
         key, value, notice = given.key, given.value, None
@@ -287,7 +377,7 @@ class H4ArgumentParser(HfArgumentParser):
         if key is None:
             self.notices.append(notice)
         elif key not in self.targets:
-            self.complaints.append(self.unknown_key(given))
+            self.complaints.append(self.unknown_key(given, suggest=len(self.complaints) < MOST_COMPLAINTS))
         else:
             setting = Setting(self.targets[key].read(value), given, notice)
             settings[key] = settle(settings[key], setting) if key in settings else setting
@@ -295,12 +385,22 @@ class H4ArgumentParser(HfArgumentParser):
     def present_key(self, key: str) -> str:
         return self.old_spellings.get(key, key)
 
-    def unknown_key(self, given: Given) -> str:
-        meant = closest(given.key, [*self.targets, *self.old_spellings])
+    def unknown_key(self, given: Given, *, suggest: bool = True) -> str:
+        for kind in self.dataclass_types:
+            if reason := getattr(kind, "refused_keys", {}).get(given.key):
+                return f"{given.place}: {given.key!r} is not read: {reason}"
+        meant = closest(given.key, [*self.targets, *self.old_spellings]) if suggest else None
+        if given.key.lower().startswith(ENVIRONMENT):
+            return f"{given.place}: unknown key {given.key!r}; it is read from the environment: export {given.key.upper()}=..."
         if meant is not None:
             self.doubtful.add(self.present_key(meant))
         flat = "; a recipe is flat, without sections" if isinstance(given.value, dict) and meant is None else ""
         return f"{given.place}: unknown key {given.key!r}{suggestion(meant)}{flat}"
+
+    def values(self, settings: Mapping[str, Setting]) -> SimpleNamespace:
+        """Every field of every dataclass: as given, or the default where nothing usable is."""
+        given = {key: deepcopy(setting.value) for key, setting in settings.items() if key not in self.doubtful}
+        return SimpleNamespace(**{key: default_of(target.field) for key, target in self.targets.items()} | given)
 
     def build(self, kind: type, settings: Mapping[str, Setting]) -> Any:
         """The dataclass `kind`, or None and complaints about what it refuses."""
@@ -308,13 +408,26 @@ class H4ArgumentParser(HfArgumentParser):
         # Copies, because TrainingArguments rewrites some of the mappings that it is given.
         values = {key: deepcopy(setting.value) for key, setting in settings.items() if key in own}
         try:
-            return kind(**values)
+            built = kind(**values)
+            remarks = built.remarks() if hasattr(built, "remarks") else []
+            self.notices += [blame(remark, settings, self.place) for remark in remarks]
+            return built
         except ConfigError as error:
-            complaints = [(words_of(problem.key, problem.advice), blame(problem, settings)) for problem in error.problems]
+            self.complain(error.problems, settings)
         except (ValueError, TypeError, OSError, ImportError) as error:
-            complaints = [(words_of(str(error)), objection(kind, error, settings))]
-        self.complaints += [line for words, line in complaints if not words & self.doubtful]
+            if not words_of(str(error)) & self.doubtful:
+                self.complaints.append(objection(kind, error, settings, self.place))
         return None
+
+    def complain(self, problems: Iterable[Problem], settings: Mapping[str, Setting]) -> None:
+        """One line for each, but for those that speak of a key whose value is wrong already."""
+        telling = [problem for problem in problems if not words_of(problem.key, problem.advice) & self.doubtful]
+        self.complaints += [blame(problem, settings, self.place) for problem in telling]
+        self.doubtful |= {problem.key for problem in telling}
+
+
+def default_of(field: dataclasses.Field) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def init_fields(kind: type) -> list[dataclasses.Field]:
@@ -334,32 +447,37 @@ def words_of(*texts: str) -> set[str]:
     return set(re.findall(r"\w+", " ".join(texts)))
 
 
-def blame(problem: Problem, settings: Mapping[str, Setting]) -> str:
-    """A config's problem, behind the place that its value came from."""
+def blame(problem: Problem, settings: Mapping[str, Setting], elsewhere: str) -> str:
+    """A config's problem, behind the place of its value, or of what it hangs on; `elsewhere`, if neither was given."""
     key = problem.key.split(".")[0]  # dataset_mixer.SOURCE
+    if key.isupper():
+        return f"environment: {problem}"
     if key not in settings:
-        return f"default: {problem}"
+        # The default fits not with what was given: the line to look at is that of the other setting.
+        others = (settings[word].given.place for word in re.findall(r"\w+", problem.advice) if word in settings)
+        place = next(others, elsewhere)
+        return f"{place}: {key} {problem.advice}" if problem.value is None else f"{place}: {problem} ({key} is at its default)"
     given = settings[key].given
     if given.is_option and problem.key == key:
         return f"{given}: {problem.advice}"
     return f"{given.place}: {problem}"
 
 
-def objection(kind: type, error: Exception, settings: Mapping[str, Setting]) -> str:
+def objection(kind: type, error: Exception, settings: Mapping[str, Setting], elsewhere: str) -> str:
     """An error of transformers', in one line, behind the settings that it speaks of."""
     if "bf16/gpu" in str(error):
         wanted = (key for key in ("bf16", "bf16_full_eval") if key in settings and settings[key].value)
         key = next(wanted, "bf16")
         advice = f"no GPU that computes in bf16; set {key}: false, or use_cpu: true to train on the CPU"
-        return blame(Problem(key, True, advice), settings)
+        return blame(Problem(key, True, advice), settings, elsewhere)
     words = words_of(str(error).replace("_", "").lower())  # `AcceleratorConfig` is about accelerator_config
     file = getattr(error, "filename", None)
     concerned = [
         str(setting.given)
         for key, setting in settings.items()
-        if key.replace("_", "") in words or (file is not None and setting.value == file)
+        if key.replace("_", "") in words or (file is not None and setting.value == file) or repr(setting.value) in str(error)
     ]
-    return f"{', '.join(concerned) or kind.__name__}: {one_line(error)}"
+    return f"{', '.join(concerned) or elsewhere}: {one_line(error)}"
 
 
 # ---- What a run records ----
@@ -373,7 +491,7 @@ def dump_recipe(recipe: Mapping[str, Any]) -> str:
 def full_recipe(recipe: Mapping[str, Any], dataclass_types: Iterable[type]) -> str:
     """The given keys and, behind `# defaults`, every other field: YAML that parses back to the same dataclasses."""
     defaults = {
-        field.name: field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        field.name: default_of(field)
         for kind in dataclass_types
         for field in init_fields(kind)
         # transformers still reads a few old spellings, and prefers the new ones.
@@ -392,4 +510,4 @@ def without_secrets(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_secret(key: str) -> bool:
-    return (key == "token" or key.endswith("_token")) and key not in SPECIAL_TOKENS
+    return (key == "token" or key.lower().endswith(("_token", "_api_key"))) and key not in SPECIAL_TOKENS

@@ -2,15 +2,22 @@
 
 import json
 import math
+import os
+import re
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from enum import Enum
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 
 class Mismatch(Exception):
     """A value of the wrong type; the message says what is expected."""
+
+
+class Doubtful(str):
+    """What YAML 1.1 reads as another number than its writer: 010 as 8, 1:30 as 90. Where text is meant it is that text."""
 
 
 def read_as(kind: Any, value: Any) -> Any:
@@ -90,7 +97,7 @@ def read_dict(value_kind: Any, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise Mismatch('a mapping such as {"key": 1}')
     try:
-        return {key: read_as(value_kind, entry) for key, entry in value.items()}
+        return {str(key): read_as(value_kind, entry) for key, entry in value.items()}
     except Mismatch as mismatch:
         raise Mismatch(f"a mapping to entries, each {mismatch}") from None
 
@@ -139,6 +146,8 @@ def read_float(value: Any) -> float:
 
 def number_in(value: Any) -> int | float:
     """The number that value is or spells; nan where it is none."""
+    if isinstance(value, Doubtful):
+        raise Mismatch(f"a decimal number without leading zeros or colons (YAML would read {value} as another)")
     if isinstance(value, int | float) and not isinstance(value, bool):
         return value
     if isinstance(value, str):
@@ -151,13 +160,52 @@ def number_in(value: Any) -> int | float:
 def read_text(value: Any) -> str:
     if not isinstance(value, str):
         raise Mismatch("text (in YAML perhaps with quotes)")
-    return value
+    return str(value)
+
+
+def read_anything(value: Any) -> Any:
+    """What no field describes, such as an entry of lr_scheduler_kwargs: as YAML reads it, doubtful numbers aside."""
+    if isinstance(value, Doubtful):
+        number_in(value)
+    if isinstance(value, dict):
+        return {read_anything(key): read_anything(entry) for key, entry in value.items()}
+    return [read_anything(entry) for entry in value] if isinstance(value, list) else value
 
 
 SCALARS: dict[Any, Callable[[Any], Any]] = {
-    Any: lambda value: value,
+    Any: read_anything,
     bool: read_bool,
     int: read_int,
     float: read_float,
     str: read_text,
 }
+
+
+# ---- Paths ----
+
+VARIABLE = re.compile(r"\$(?:(\w+)|\{([^}]*)\})")
+
+
+def expanded(path: str) -> str:
+    """The path with ~ and $VARIABLES as a shell would have them. Raises Mismatch where one of them stands for nothing."""
+    whole = VARIABLE.sub(lambda match: variable(match[1] or match[2]), path)
+    try:
+        return str(Path(whole).expanduser()) if whole.startswith("~") else whole
+    except RuntimeError:
+        raise Mismatch(f"a path: no user is called {whole.split('/')[0][1:]!r}") from None
+
+
+def variable(name: str) -> str:
+    if not os.environ.get(name):
+        raise Mismatch(f"a path: the environment variable {name} is not set, and a folder would be named after it")
+    return os.environ[name]
+
+
+def expanded_input(path: str) -> str:
+    """As `expanded`, of something that is to be read: what exists under the very name is meant."""
+    return path if Path(path).exists() else expanded(path)
+
+
+def expanded_template(template: str) -> str:
+    """As `expanded_input`, where a path is told from Jinja text by its ending."""
+    return expanded_input(template) if template.endswith(".jinja") else template

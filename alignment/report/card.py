@@ -1,4 +1,4 @@
-"""The model card of a SimPO run."""
+"""The model card of a run on preference pairs."""
 
 import re
 from pathlib import Path
@@ -6,14 +6,7 @@ from typing import Any
 
 import yaml
 
-PAPER = "https://arxiv.org/abs/2405.14734"
-CITATION = """\
-@inproceedings{meng2024simpo,
-  title     = {SimPO: Simple Preference Optimization with a Reference-Free Reward},
-  author    = {Meng, Yu and Xia, Mengzhou and Chen, Danqi},
-  booktitle = {Advances in Neural Information Processing Systems},
-  year      = {2024}
-}"""
+from .objective import Objective
 
 HELD_OUT = {
     "loss": "Loss",
@@ -30,14 +23,20 @@ def is_hub_name(name: str) -> bool:
     return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()
 
 
-def simpo_card(
-    *, name: str, base_model: str | None, datasets: list[str], settings: dict[str, Any], held_out: dict[str, float]
+def pair_card(
+    objective: Objective,
+    *,
+    name: str,
+    base_model: str | None,
+    datasets: list[str],
+    settings: dict[str, Any],
+    held_out: dict[str, float],
 ) -> str:
     """Markdown with its metadata block. `held_out` maps metric keys without `eval_` to figures; empty: never evaluated."""
     metadata = {
         "library_name": "transformers",
         "model_name": name,
-        "tags": ["simpo", "preference-optimization", "alignment"],
+        "tags": [objective.tag, "preference-optimization", "alignment"],
         # The Hub refuses a card whose header names what is no repository.
         **({"base_model": base_model} if base_model and is_hub_name(base_model) else {}),
         **({"datasets": on_hub} if (on_hub := [name for name in datasets if is_hub_name(name)]) else {}),
@@ -45,26 +44,32 @@ def simpo_card(
     trained_on = ", ".join(f"`{dataset}`" for dataset in datasets) or "preference pairs"
     rows = [f"| {label} | {held_out[key]:.4f} |" for key, label in HELD_OUT.items() if key in held_out]
     figures = ["## Held-out pairs", "", "| | |", "|---|---|", *rows, ""] if rows else []
+    reference = "the policy itself before its first step" if objective.has_reference else "none"
+    facts = {
+        "objective": objective.name,
+        "loss of a pair": f"`{objective.formula}`",
+        **objective.parameters,
+        "reference": reference,
+    }
     lines = [
         f"---\n{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)}---",
         f"# {name}",
         "",
-        f"`{base_model or 'A language model'}` trained on {trained_on} with [SimPO]({PAPER}), Simple Preference "
-        "Optimization: the reward of a response is beta times its mean log-probability per token, no reference model is "
-        "used, and the chosen response must beat the rejected one by a margin gamma.",
+        f"`{base_model or 'A language model'}` trained on {trained_on} with [{objective.name}]({objective.paper.url}), "
+        f"{objective.title}: {objective.paragraph}",
         "",
         "## Training",
         "",
         "| | |",
         "|---|---|",
-        *[f"| {key} | {value} |" for key, value in settings.items()],
+        *[f"| {key} | {value} |" for key, value in (facts | settings).items()],
         "",
         *figures,
-        "Rewards are log-probabilities times beta, so they are negative; their difference is what is trained.",
+        f"Rewards are {objective.reward}; the difference of two, the margin, is what is trained.",
         "",
         "## Citation",
         "",
-        f"```bibtex\n{CITATION}\n```",
+        f"```bibtex\n{objective.paper.bibtex}\n```",
         "",
     ]
     return "\n".join(lines)

@@ -9,6 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from .objective import Objective
+
 BLUE, GREEN, RED = "#2a6fbb", "#2e8b57", "#c8553d"
 Metrics = Sequence[dict[str, Any]]
 
@@ -31,16 +33,24 @@ class Panel(NamedTuple):
     is_share: bool = False
 
 
-PANELS = (
-    Panel("Loss", "loss", (Series("loss"),)),
-    Panel("Reward margin", "beta x nats per token", (Series("rewards/margins"),), reference=0.0),
-    Panel("Reward accuracy", "pairs with chosen above rejected", (Series("rewards/accuracies"),), 0.5, is_share=True),
-    Panel(
-        "Mean log-probability",
-        "nats per token",
-        (Series("logps/chosen", GREEN, "chosen"), Series("logps/rejected", RED, "rejected")),
-    ),
-)
+def panels_of(objective: Objective | None) -> list[Panel]:
+    """What a run's objective asks to be seen; with a reference, rewards around the line of what has not moved from it."""
+    per_token = objective is None or objective.per_token
+    unit = "nats per token" if per_token else "nats"
+    log_probability = "Mean log-probability" if per_token else "Log-probability"
+    panels = [
+        Panel("Loss", "loss", (Series("loss"),)),
+        Panel("Reward margin", f"beta x {unit}", (Series("rewards/margins"),), reference=0.0),
+        Panel("Reward accuracy", "pairs with chosen above rejected", (Series("rewards/accuracies"),), 0.5, is_share=True),
+        Panel(log_probability, unit, sides("logps")),
+    ]
+    if objective is not None and objective.has_reference:
+        panels.append(Panel("Reward over the reference", f"beta x {unit}", sides("rewards"), reference=0.0))
+    return panels
+
+
+def sides(quantity: str) -> tuple[Series, Series]:
+    return Series(f"{quantity}/chosen", GREEN, "chosen"), Series(f"{quantity}/rejected", RED, "rejected")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -48,13 +58,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def plot_curves(metrics: Metrics, path: Path, title: str) -> None:
+def plot_curves(metrics: Metrics, path: Path, title: str, objective: Objective | None = None) -> None:
     """Write a PNG with a panel for each quantity that the run logged."""
-    curves_figure(metrics, title).savefig(path, dpi=150)
+    curves_figure(metrics, title, objective).savefig(path, dpi=150)
 
 
-def curves_figure(metrics: Metrics, title: str) -> Figure:
-    panels = [panel for panel in PANELS if any(curve(metrics, key) for key in logged_keys(panel))]
+def curves_figure(metrics: Metrics, title: str, objective: Objective | None = None) -> Figure:
+    panels = [panel for panel in panels_of(objective) if any(curve(metrics, key) for key in logged_keys(panel))]
     columns = min(len(panels), 2) or 1
     rows = -(-len(panels) // 2) or 1
     figure = Figure(figsize=(5.5 * columns, 3.6 * rows + 0.4), layout="constrained")

@@ -40,6 +40,7 @@ class Identity(NamedTuple):
     strategy: str  # see alignment.launch.strategy.layout
     processes: int
     rows_per_step: int
+    start: str | None = None  # the weights that training began with
 
 
 class Checkpoint(NamedTuple):

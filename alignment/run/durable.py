@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -16,7 +17,15 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    EarlyStoppingCallback,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer_pt_utils import get_model_param_count
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, TrainOutput
 
@@ -29,12 +38,13 @@ from ..model.vocabulary import highest_id, refuse_unknown_ids, train_every_row
 from .checkpoints import RECIPE_FILE, STAGING, Identity, numbered, prune, publish, seal, size
 from .hub import push_checkpoint
 from .resuming import AUTOMATIC, newest_whole
-from .run_folder import write_status
+from .run_folder import umask, write_status
 from .signals import RunInterrupted, StopSignals, outlast_signals
 
 logger = logging.getLogger(__name__)
 
 TRAINER_STATE = "trainer_state.json"
+STATUS_S = 10.0  # between two looks at how far a run is
 
 
 class EvaluationCut(Exception):
@@ -53,12 +63,15 @@ class DurableTrainer(Trainer):
     is_stopping = False
     is_built = False
     push: Future | None = None  # of a checkpoint, in the background
+    resumed: Path | None = None  # the checkpoint that `train` goes on from
     saved_at = 0.0  # monotonic clock
     saved_step = -1
     saves_in: str | None = None  # the type of a whole model's weights outside checkpoints; None: as they are
     saved_eos: str | None = None  # of the saved tokenizer, where it is another than in training
     rounded: Rounded | None = None  # what the weights were before they were rounded to `saves_in`
     unrounded_figures: Mapping[str, float] = MappingProxyType({})  # of an evaluation of those
+    noted_at = 0.0  # in the status; monotonic clock
+    sums_due: str | None = None  # the checkpoint whose sums are to be gone on with
 
     def __init__(self, *args: Any, **kwargs: Any):
         self.stop = StopSignals()
@@ -68,6 +81,16 @@ class DurableTrainer(Trainer):
         train_every_row(self.model)
         self.refuse_unknown_ids()
         self.add_callback(StepEnds(self))
+        self.take_early_stopping()
+
+    def take_early_stopping(self) -> None:
+        """What a recipe, or a callback of transformers', asks for: by a rule that outlasts a resume and knows several sets."""
+        asked = [callback for callback in self.callback_handler.callbacks if type(callback) is EarlyStoppingCallback]
+        for callback in asked:
+            self.remove_callback(callback)
+            self.add_callback(EarlyStopping(callback.early_stopping_patience, callback.early_stopping_threshold or 0.0))
+        if getattr(self.args, "early_stopping_patience", None) is not None:
+            self.add_callback(EarlyStopping(self.args.early_stopping_patience, self.args.early_stopping_threshold))
 
     def refuse_unknown_ids(self) -> None:
         evaluated = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
@@ -89,10 +112,12 @@ class DurableTrainer(Trainer):
         if resume_from_checkpoint is True:
             newest = newest_whole(Path(self.args.output_dir))
             resume_from_checkpoint = None if newest is None else str(newest.path)
+        self.resumed = Path(resume_from_checkpoint) if resume_from_checkpoint else None
         self.saved_at = time.monotonic()
+        self.sums_due = resume_from_checkpoint
         self.evaluation_due &= self.eval_dataset is not None  # the evaluation may have been switched off since
-        if self.evaluation_due:
-            self.args.eval_on_start = True
+        if resume_from_checkpoint is not None:  # the one on start was before the first step
+            self.args.eval_on_start = self.evaluation_due
         try:
             output = super().train(resume_from_checkpoint, *args, **kwargs)
         except EvaluationCut:  # the one that was due; the checkpoint says so still
@@ -125,8 +150,8 @@ class DurableTrainer(Trainer):
         return (self.accelerator.reduce(torch.tensor(wishes, device=self.args.device).float()) > 0).tolist()
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing, where a checkpoint of the last step was resumed in the middle of an epoch: the Trainer would go on."""
-        if self.state.global_step < self.state.max_steps:
+        """Nothing, where a checkpoint of the last step was resumed, or of the one that training stopped at."""
+        if self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
             super()._run_epoch(*args, **kwargs)
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
@@ -137,8 +162,17 @@ class DurableTrainer(Trainer):
             self.control.should_training_stop = True
             self._save_checkpoint(self.model, trial=None)
 
-    def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
-        return outlast_signals(super()._get_dataloader(*args, **kwargs))
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        self.restore_since_log()  # still due, if no step was left to train
+        return super()._finalize_training(*args, **kwargs)
+
+    def _get_dataloader(self, dataset: Any, description: str, *args: Any, **kwargs: Any) -> DataLoader:
+        drops = self.args.dataloader_drop_last
+        self.args.dataloader_drop_last = drops and description == "Training"  # every held-out row counts
+        try:
+            return outlast_signals(super()._get_dataloader(dataset, description, *args, **kwargs))
+        finally:
+            self.args.dataloader_drop_last = drops
 
     # ---- Evaluation ----
 
@@ -188,8 +222,7 @@ class DurableTrainer(Trainer):
         if first:
             run_id = self.identity and self.identity.run_id
             prune(Path(self.args.output_dir), self.args.save_total_limit, run_id, self.state.best_model_checkpoint)
-            if self.identity:
-                write_status(Path(self.args.output_dir), "training", step=self.saved_step, max_steps=self.state.max_steps)
+            self.note_progress()
         if first and self.args.push_to_hub and self.args.hub_strategy != HubStrategy.END:
             is_free = self.push is None or self.push.done()
             if is_free or self.args.hub_always_push:
@@ -205,6 +238,13 @@ class DurableTrainer(Trainer):
             self.rounded.undo()
         self._save_checkpoint(self.model, trial=None)
         raise RunInterrupted(self.interruption()) from None
+
+    def note_progress(self) -> None:
+        """How far the run is, in its status."""
+        self.noted_at = time.monotonic()
+        if self.identity and self.is_world_process_zero():
+            facts = {"step": self.state.global_step, "saved_step": max(self.saved_step, 0)}
+            write_status(Path(self.args.output_dir), "training", **facts, max_steps=self.state.max_steps)
 
     def attempt(self, part: Callable[[], None]) -> str | None:
         """Do a part of saving; what was wrong, if the other processes can be told.
@@ -303,7 +343,7 @@ class DurableTrainer(Trainer):
         with weights_alone(model):
             model.save_pretrained(folder, state_dict=state_dict)
         for weights in folder.glob("*.safetensors"):
-            weights.chmod(0o644)  # safetensors leaves 0600: a group could not read the model
+            weights.chmod(0o666 & ~umask())  # safetensors leaves 0600, whatever the user's umask lets others read
         self.save_beside(folder, dtype)
 
     def save_beside(self, folder: Path, dtype: str | None = None) -> None:
@@ -322,6 +362,7 @@ class DurableTrainer(Trainer):
         super()._save_rng_state(output_dir)
         since_log = {
             "loss": float(self._tr_loss).hex(),
+            "total_loss": self._total_loss_scalar.hex(),
             "last_logged_step": self._globalstep_last_logged,
             "processes": self.args.world_size,
             "sums": self.sums_since_log(),
@@ -331,10 +372,17 @@ class DurableTrainer(Trainer):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
+        self.restore_since_log()
+
+    def restore_since_log(self) -> None:
+        checkpoint, self.sums_due = self.sums_due, None
         path = Path(checkpoint or "", f"since_last_log_{self.args.process_index}.json")
         since_log = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         if since_log.get("processes") == self.args.world_size:  # sums of other processes do not add up to these
             self._tr_loss += float.fromhex(since_log["loss"])
+            if "total_loss" in since_log:
+                self._total_loss_scalar += float.fromhex(since_log["total_loss"])
+                self.loss_is_whole = True
             self._globalstep_last_logged = since_log["last_logged_step"]
             self.restore_sums(since_log["sums"])
 
@@ -344,6 +392,40 @@ class DurableTrainer(Trainer):
 
     def restore_sums(self, sums: dict[str, Any]) -> None:
         """Take back what `sums_since_log` gave."""
+
+
+class EarlyStopping(TrainerCallback):
+    """Stops training after `patience` evaluations in a row that are not better than the best before by more than `threshold`.
+
+    Counted in the log, so that a resumed run goes on counting; transformers' own starts anew, and takes each of several
+    evaluation sets for an evaluation that lacks the metric.
+    """
+
+    def __init__(self, patience: int, threshold: float):
+        self.patience = patience
+        self.threshold = threshold
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Also where a run is resumed at the step that it had stopped at."""
+        self.on_evaluate(args, state, control)
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if args.metric_for_best_model is None:
+            return
+        name = f"eval_{args.metric_for_best_model.removeprefix('eval_')}"
+        sign = 1 if args.greater_is_better else -1
+        by_step = {record["step"]: sign * record[name] for record in state.log_history if name in record}
+        if by_step and max(by_step) == state.global_step:
+            control.should_training_stop |= without_progress(list(by_step.values()), self.threshold) >= self.patience
+
+
+def without_progress(figures: list[float], threshold: float) -> int:
+    """How many of the last figures, the higher the better, were not above the best before them by more than the threshold."""
+    best, count = -math.inf, 0
+    for figure in figures:
+        count = 0 if figure - best > threshold else count + 1
+        best = max(best, figure)
+    return count
 
 
 class StepEnds(TrainerCallback):
@@ -361,12 +443,17 @@ class StepEnds(TrainerCallback):
         is_here = state.global_step in numbered(Path(args.output_dir))  # what was resumed may lie elsewhere
         self.trainer.saved_step = state.global_step if self.trainer.agree(is_here)[0] else -1
         self.trainer.find_best()
+        self.trainer.note_progress()
         saves = args.save_strategy != "no" and (args.save_strategy != "steps" or state.save_steps < state.max_steps)
         if not saves and args.save_minutes is None:
             logger.warning(
                 "Nothing will be saved before the end (save_strategy: %s, save_steps: %s): whatever stops the run but a signal "
                 "loses all of it. --save_minutes=30 keeps checkpoints.", args.save_strategy.value, args.save_steps,
             )  # fmt: skip
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.trainer.is_in_train and time.monotonic() - self.trainer.noted_at > STATUS_S:
+            self.trainer.note_progress()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         trainer = self.trainer

@@ -45,6 +45,7 @@ class GuardedSteps(Trainer):
         self.loss_before_step: Tensor | None = None
         self.is_skipping = False
         self.micro_batch: dict[str, Any] | None = None  # while it is computed
+        self.loss_is_whole = False  # the sum of losses goes back to the run's first step, though this attempt does not
         super().__init__(*args, **kwargs)
         keep_off_cudnn_attention()
 
@@ -128,12 +129,18 @@ class GuardedSteps(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """A loss is the mean of the steps that were taken; there is none where all were skipped."""
-        history = self.state.log_history
-        for name, begin in (("loss", last_loss_step), ("train_loss", lambda _: self._initial_global_step)):
-            if name in logs and (skipped := skipped_since(begin(history), history)):
-                steps, loss = self.state.global_step - begin(history), logs.pop(name)
-                if steps > skipped:
-                    logs[name] = loss * steps / (steps - skipped)
+        history, step = self.state.log_history, self.state.global_step
+        if "loss" in logs and (skipped := skipped_since(begin := last_loss_step(history), history)):
+            loss = logs.pop("loss")
+            if step - begin > skipped:
+                logs["loss"] = loss * (step - begin) / (step - begin - skipped)
+        if "train_loss" in logs:
+            if any("train_loss" in record and record["step"] == step for record in history):
+                return  # an attempt that was stopped after training has logged it
+            begin = 0 if self.loss_is_whole else self._initial_global_step
+            del logs["train_loss"]
+            if taken := step - begin - skipped_since(begin, history):
+                logs["train_loss"] = self._total_loss_scalar / taken
         super().log(logs, start_time)
 
     # ---- Memory ----

@@ -63,6 +63,7 @@ def write_run_folder(run_: Run) -> None:
         "commit": commit(),
         "processes": int(os.environ.get("WORLD_SIZE", "1")),
         "device": str(run_.training_args.device),
+        "objective": run_.training_args.objective.record(),
         **provenance(run_.model_args),
     }
     (run_.output_dir / "environment.json").write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")

@@ -31,7 +31,7 @@ AUTOMATIC = (None, "auto", "true", "True")
 # What a run ends with, beside what every run writes anew. An adapter left beside a whole model would be loaded on top of it.
 END_FILES = (
     "*.safetensors", "*.safetensors.index.json", "adapter_config.json", "config.json", "shards", "*_results.json",
-    "eval_pairs.jsonl", "curves.png", "_run/status.json",
+    "eval_pairs.jsonl", "curves.png", "_run/status.json", "_run/reference", "_run/step_0",
 )  # fmt: skip
 # Keys that leave the trained weights alone; anything else that differs makes another run.
 HARMLESS = (
@@ -39,6 +39,7 @@ HARMLESS = (
     "output_dir", "resume_from_checkpoint", "trust_checkpoint", "prepare_only", "preprocessing_num_workers",
     "dataset_num_proc", "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers",
     "dataloader_prefetch_factor", "eval_", "do_", "per_device_eval_batch_size", "ddp_timeout", "skip_nonfinite",
+    "score_step_0", "train_probe",
 )  # fmt: skip
 # How a step's rows are divided. Another number of processes divides them otherwise; the product is compared instead.
 DIVISION = ("per_device_train_batch_size", "gradient_accumulation_steps", "total_train_batch_size", "num_processes")

@@ -6,15 +6,19 @@ import os
 import secrets
 import shutil
 import socket
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import datasets
+import huggingface_hub.constants
 from filelock import FileLock, Timeout
 
-from ..errors import UserError
+from ..errors import Problem, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -22,8 +26,99 @@ logger = logging.getLogger(__name__)
 STATUS_FILE = "_run/status.json"
 LOCK_FILE = "_run/lock"
 LAUNCH_FILE = "_run/launch"
+DATE_FILE = "_run/date"
 PATIENCE_S = 10.0  # a run that was just told to stop may need a moment
 SHARING_S = 60.0  # a network disk may show a new file late
+# What a run writes into its folder, and would write over.
+WRITTEN = (
+    "*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "*config.json", "README.md", "recipe.yaml",
+    "environment.json", "metrics.jsonl", "eval_pairs.jsonl", "nonfinite_rows.jsonl", "curves.png", "*_results.json",
+    "trainer_state.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja",
+    "training_args.bin", "checkpoint-*", "base", "shards",
+)  # fmt: skip
+
+
+# ---- Before a run ----
+
+
+def folder_problems(values: SimpleNamespace) -> list[Problem]:
+    """Where a run would write over somebody's files, or could not write at all."""
+    output_dir = Path(values.output_dir or "trainer_output")
+    if values.prepare_only:
+        return cache_problems(values)
+    advice = inputs_there(output_dir, values) or foreign_files(output_dir) or unwritable(output_dir)
+    return [*([Problem("output_dir", str(output_dir), advice)] if advice else []), *cache_problems(values)]
+
+
+def inputs_there(output_dir: Path, values: SimpleNamespace) -> str | None:
+    """The run would be written over what it is started from."""
+    inputs = {
+        "model_name_or_path": [values.model_name_or_path, adapter_base(values.model_name_or_path)],
+        "tokenizer_name_or_path": [values.tokenizer_name_or_path],
+        "dataset_mixer": list(values.dataset_mixer or {}),
+    }
+    for key, paths in inputs.items():
+        for path in filter(None, paths):
+            if output_dir.exists() and Path(path).exists() and Path(path).samefile(output_dir):
+                return f"is a folder of {key}, which the run would write over; choose another"
+    return None
+
+
+def adapter_base(policy: str | None) -> str | None:
+    try:
+        config = json.loads(Path(policy or "", "adapter_config.json").read_text(encoding="utf-8"))
+        return config.get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError):
+        return None  # no adapter, or one that is complained about where it is loaded
+
+
+def foreign_files(output_dir: Path) -> str | None:
+    """A run writes over files of a run, and over no others."""
+    if not output_dir.is_dir() or (output_dir / STATUS_FILE).parent.is_dir():
+        return None
+    files = sorted({path.name for pattern in WRITTEN for path in output_dir.glob(pattern)})
+    if not files:
+        return None
+    more = f" and {len(files) - 3} more" if len(files) > 3 else ""
+    return f"{', '.join(files[:3])}{more} in it are no run's, and would be written over; choose another, or move them"
+
+
+def unwritable(folder: Path) -> str | None:
+    """Without making it. A folder that is missing is made below the first that exists."""
+    above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if above.is_dir() and os.access(above, os.W_OK | os.X_OK):
+        return None
+    return f"{above} {'cannot be written' if above.is_dir() else 'is a file'}; choose another"
+
+
+def cache_problems(values: SimpleNamespace) -> list[Problem]:
+    """The folders that the libraries keep their copies in."""
+    caches = {"HF_DATASETS_CACHE": Path(datasets.config.HF_DATASETS_CACHE)}
+    if not Path(values.model_name_or_path or "").exists():
+        caches["HF_HUB_CACHE"] = Path(huggingface_hub.constants.HF_HUB_CACHE)
+    return [
+        Problem(name, str(folder), f"cannot be written ({reason}); export {name} or HF_HOME, a folder that can")
+        for name, folder in caches.items()
+        if (reason := why_unwritable(folder)) is not None
+    ]
+
+
+def why_unwritable(folder: Path) -> str | None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return None
+    except OSError as error:
+        return error.strerror or str(error)
+
+
+def umask() -> int:
+    """What this user's new files keep from others. It can only be read by setting it."""
+    os.umask(mask := os.umask(0o077))
+    return mask
+
+
+# ---- One writer, one status ----
 
 
 @contextmanager
@@ -48,7 +143,11 @@ def only_writer(output_dir: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        if made and {other for other in made[-1].rglob("*") if not other.is_dir()} <= {path, output_dir / LAUNCH_FILE}:
+        if made and {other for other in made[-1].rglob("*") if not other.is_dir()} <= {
+            path,
+            output_dir / LAUNCH_FILE,
+            output_dir / DATE_FILE,
+        }:
             shutil.rmtree(made[-1])
         lock.release()
 
@@ -75,6 +174,18 @@ def find_launch(output_dir: Path, mark: str) -> None:
                 "writes to. Give one on a disk that all machines share, as a whole path."
             )
         time.sleep(0.1)
+
+
+def run_date(output_dir: Path, begun: Path | None) -> str:
+    """The day on which a run began, which its chat template may read: today, or as `begun` says, the folder it goes on from."""
+    recorded = None if begun is None else begun / DATE_FILE
+    date = recorded.read_text(encoding="utf-8") if recorded is not None and recorded.is_file() else today()
+    (output_dir / DATE_FILE).write_text(date, encoding="utf-8")
+    return date
+
+
+def today() -> str:
+    return time.strftime("%Y-%m-%d")
 
 
 def write_status(output_dir: Path, state: str, **facts: Any) -> None:

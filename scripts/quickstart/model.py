@@ -13,7 +13,7 @@ from transformers import (
     set_seed,
 )
 
-from alignment.data.chat import shipped_template
+from alignment.data.template import shipped_template
 
 BOS, END_OF_TURN, PAD = "<|begin_of_text|>", "<|eot_id|>", "<|pad|>"
 SPECIAL_TOKENS = [BOS, END_OF_TURN, PAD, "<|start_header_id|>", "<|end_header_id|>"]

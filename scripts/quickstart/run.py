@@ -74,7 +74,8 @@ def write_model() -> None:
 
 def launch(script: str, recipe: str) -> None:
     """Run a stage. Where it fails its own error stands last on the screen, and the exit status is 1."""
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
+    threads = f"--num_cpu_threads_per_process={os.cpu_count()}"  # what accelerate would choose, and say in three lines
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", threads]
     command = [*launcher, "--config_file", "accelerate_configs/cpu.yaml", "--cpu", "--num_processes=1", script, recipe]
     status = subprocess.run(command, env={**os.environ, **ENVIRONMENT}).returncode
     if status != 0:

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from alignment.pipeline import run
-from tests.distributed.worker import SIMPO
+from tests.methods import METHODS
 from tests.workspaces import recipe_keys, save_adapter, save_workspace, write_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -92,11 +92,12 @@ def one_process(recipe, tmp_path_factory) -> Callable[..., Path]:
     """Runs a command line in this process, once a session; its run folder. In options, {folder} is the recipe's."""
     folders: dict[tuple[str, ...], Path] = {}
 
-    def run_folder(*options: str) -> Path:
-        if options not in folders:
-            folders[options] = tmp_path_factory.mktemp("one")
-            run(SIMPO, [str(recipe), f"--output_dir={folders[options]}", *in_place(options, recipe)])
-        return folders[options]
+    def run_folder(*options: str, method: str = "simpo") -> Path:
+        key = (method, *options)
+        if key not in folders:
+            folders[key] = tmp_path_factory.mktemp("one")
+            run(METHODS[method], [str(recipe), f"--output_dir={folders[key]}", *in_place(options, recipe)])
+        return folders[key]
 
     return run_folder
 
@@ -111,5 +112,7 @@ def records(folder: Path, key: str) -> list[dict[str, Any]]:
     return [record for record in map(json.loads, lines) if key in record]
 
 
-def scored_pairs(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "eval_pairs.jsonl").read_text(encoding="utf-8").splitlines()]
+def scored_pairs(folder: Path, *, before: bool = False) -> list[dict[str, Any]]:
+    """The held-out pairs' rows at the end, or before the first step."""
+    lines = (folder / "eval_pairs.jsonl").read_text(encoding="utf-8").splitlines()
+    return [row for row in map(json.loads, lines) if (row["step"] == 0) == before]

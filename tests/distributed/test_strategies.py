@@ -1,5 +1,6 @@
 """Two processes on a CPU (gloo) make of a recipe what one does, however they divide the model among them."""
 
+import json
 import os
 import shlex
 import subprocess
@@ -31,6 +32,7 @@ from tests.distributed.conftest import (
     records,
     scored_pairs,
 )
+from tests.golden.traces import DATA, assert_follows, method_of
 
 CONFIGS = {
     "ddp": "cpu.yaml",
@@ -56,6 +58,17 @@ RUNS = {
     "qlora": [*LORA, "--load_in_4bit=true", "--bnb_4bit_quant_storage=float32"],  # the type that FSDP can shard
     "from an adapter": [*LORA, "--model_name_or_path={folder}/sft"],
 }
+METHOD_RUNS = {
+    "dpo": ("dpo", ["--beta=0.3", "--pair_layout=packed"]),
+    "dpo lora": ("dpo", ["--beta=0.3", *LORA]),
+    "dpo by tokens": ("dpo", ["--beta=0.3", "--max_tokens_per_micro_batch=300"]),
+    "dpo from an adapter": (
+        "dpo",
+        ["--beta=0.3", "--use_peft=true", "--sft_adapter=continue", "--model_name_or_path={folder}/sft"],
+    ),
+    "orpo": ("orpo", ["--beta=0.3", "--pair_layout=packed"]),
+}
+GOLDEN = [path.stem for path in sorted((DATA / "recipes").glob("*.yaml")) if method_of(path.stem) != "simpo"]
 # Ten pairs in steps of eight.
 TEN_PAIRS = ['--dataset_mixer={{"{folder}/pairs": 10}}', "--do_eval=false", "--eval_strategy=no"]
 INCOMPLETE = {
@@ -81,6 +94,8 @@ def jobs_of(strategy: str, recipe: Path, folder: Path) -> dict[str, dict[str, An
         return {"argv": argv, **settings}
 
     jobs = {name: job(name, *options) for name, options in RUNS.items()}
+    for name, (method, options) in METHOD_RUNS.items():
+        jobs[name] = job(name, *options, method=method)
     jobs["bf16"] = job("bf16", "--bf16=true", "--max_steps=1")
     for name, options in (("whole", ["--pair_layout=packed"]), ("whole lora", LORA)):
         resumed = name.replace("whole", "resumed")
@@ -88,12 +103,21 @@ def jobs_of(strategy: str, recipe: Path, folder: Path) -> dict[str, dict[str, An
         jobs |= {name: job(name, *options, *SAVING), resumed: job(resumed, *options, *SAVING, rewind=again)}
     if strategy == "ddp":
         jobs |= {name: job(name, *options) for name, options in INCOMPLETE.items()}
+        jobs |= {f"golden {name}": golden_job(name, folder / f"golden {name}") for name in GOLDEN}
     if strategy in LEFT_IN_SHARDS:
         sharded = {"environment": LEFT_IN_SHARDS[strategy]}
         jobs["sharded"] = job("sharded", "--pair_layout=packed", **sharded)
         jobs["full for shards"] = job("full for shards", sabotage="no room for shards either", **sharded)
         jobs["disk full"] = job("disk full", "--pair_layout=packed", sabotage="disk full at the end", **sharded)
     return jobs
+
+
+def golden_job(name: str, folder: Path) -> dict[str, Any]:
+    """A golden recipe on two processes: each step's two micro-batches at once instead of one after the other."""
+    policy = DATA / ("policy-header" if name.endswith("header") else "policy-zephyr")
+    place = [f"--model_name_or_path={policy}", f'--dataset_mixer={{"{DATA / "pairs"}": 1.0}}', f"--output_dir={folder}"]
+    argv = [str(DATA / f"recipes/{name}.yaml"), *place, "--gradient_accumulation_steps=1", "--num_processes=2"]
+    return {"argv": argv, "method": method_of(name)}
 
 
 @pytest.fixture(scope="session")
@@ -136,6 +160,29 @@ def test_two_processes_match_one(name, strategy, launched, one_process):
             assert comparable(other) == pytest.approx(comparable(mine), rel=1e-5, abs=2e-6)
     weights = "adapter_model.safetensors" if "--use_peft=true" in RUNS[name] else "model.safetensors"
     assert_close(load_file(two / weights), load_file(one / weights), rtol=1e-5, atol=1e-6)
+
+
+@every_strategy
+@pytest.mark.parametrize("name", METHOD_RUNS)
+def test_dpo_and_orpo_on_two_processes_match_one(name, strategy, launched, one_process):
+    method, options = METHOD_RUNS[name]
+    one, two = one_process(*options, method=method), launched(strategy).folder / name
+    for key in ("loss", "eval_loss"):
+        for mine, other in zip(records(one, key), records(two, key), strict=True):
+            # Log-ratios are differences of numbers near 300, and float32 has seven digits of those.
+            assert comparable(other) == pytest.approx(comparable(mine), rel=1e-5, abs=2e-5 if method == "dpo" else 2e-6)
+    (weights,) = (path.name for path in one.glob("*model.safetensors"))
+    assert_close(load_file(two / weights), load_file(one / weights), rtol=1e-5, atol=2e-6)
+    if method == "dpo":
+        ours, theirs = (scored_pairs(folder, before=True) for folder in (one, two))
+        for key in ("reference_chosen_logp", "reference_rejected_logp"):
+            assert [row[key] for row in theirs] == pytest.approx([row[key] for row in ours], rel=1e-6)
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_a_published_baseline_on_two_processes_gives_the_published_trace(name, launched):
+    folder = launched("ddp").folder / f"golden {name}"
+    assert_follows([json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()], name)
 
 
 def test_an_incomplete_last_step_has_the_same_pairs_when_it_is_divided_by_tokens(launched):

@@ -20,16 +20,14 @@ from accelerate.utils import DeepSpeedPlugin
 from safetensors.torch import load_file
 
 import alignment.model.adapters
-import scripts.simpo_trainer
-from alignment.data.splits import PAIRS
+import alignment.preference.trainer
 from alignment.errors import TrainingStopped
 from alignment.launch.strategy import ShardingCheck, local_size, strategy_of
-from alignment.pipeline import Method, run
-from scripts.simpo_config import SimPOConfig
+from alignment.pipeline import run
+from alignment.preference.trainer import PairTrainer
 from scripts.simpo_trainer import SimPOTrainer
 from tests.distributed import cpu_fsdp
-
-SIMPO = Method(config=SimPOConfig, trainer=SimPOTrainer, data=PAIRS)
+from tests.methods import METHODS
 
 
 def shard_small_parameters() -> None:
@@ -114,14 +112,14 @@ def carry_out(job: dict[str, Any]) -> dict[str, Any]:
     sabotage = SABOTAGES[job.get("sabotage")]
     with (
         mock.patch.dict(os.environ, job.get("environment", {})),
-        observed(facts, scripts.simpo_trainer, "load_policy", loaded),
+        observed(facts, alignment.preference.trainer, "load_policy", loaded),
         observed(facts, alignment.model.adapters, "load_policy", loaded),
-        observed(facts, SimPOTrainer, "concatenated_forward", lambda scores, *_: scored(scores)),
+        observed(facts, PairTrainer, "concatenated_forward", lambda scores, *_: scored(scores)),
         observed(facts, ShardingCheck, "on_train_begin", prepared),
         sabotage(),
     ):
         try:
-            trainer = run(SIMPO, job["argv"])
+            trainer = run(METHODS[job.get("method", "simpo")], job["argv"])
         except TrainingStopped as error:
             return {**facts, "stopped": str(error)}
     return {

@@ -18,10 +18,10 @@ from alignment.model.head import add_lm_head
 from alignment.model.shared_prompt import Attend, shared_prompt_layout, use_shared_prompts
 from alignment.preference.collate import PackedCollator, PaddedCollator, on_device
 from alignment.preference.losses import response_sums
+from alignment.preference.trainer import FORWARD_COLUMNS
 from alignment.run.guards import keep_off_cudnn_attention
-from scripts.simpo_trainer import FORWARD_COLUMNS
 from tests.builders import token_rows
-from tests.golden.test_golden import RUNS, assert_published_trace, run_recipe  # noqa: F401
+from tests.golden.test_golden import FLOAT32, assert_follows, run_recipe  # noqa: F401
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 GPU = torch.device("cuda")
@@ -42,9 +42,9 @@ def off(found: Tensor, expected: Tensor) -> float:
 
 
 @pytest.mark.parametrize("options", [[], ["--use_liger_kernel=false"], ["--max_tokens_per_micro_batch=192"]], ids=str)
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", FLOAT32)
 def test_a_published_recipe_gives_the_published_trace(name, options, run_recipe):  # noqa: F811
-    assert_published_trace(run_recipe(name, "--use_cpu=false", *options), name)
+    assert_follows(run_recipe(name, "--use_cpu=false", *options).state.log_history, name)
 
 
 # ---- Attention ----

@@ -164,7 +164,8 @@ DAMAGES = {
 
 
 def test_no_damage_to_the_newest_checkpoint_changes_the_end(server, recipe, unbroken, tmp_path):
-    names = sorted(path.name for path in (unbroken / "checkpoint-8").iterdir())
+    checkpoint = unbroken / "checkpoint-8"
+    names = sorted(path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if path.is_file())
     assert {END, "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "manifest.json"} <= set(names)
     shutil.copytree(unbroken, tmp_path / "run")
     for number, name in enumerate(names):

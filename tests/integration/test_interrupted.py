@@ -10,6 +10,7 @@ from alignment.run.checkpoints import read_facts
 from alignment.run.run_folder import read_status
 from tests.forked import Ended, Server
 from tests.integration.test_faults import END, TIMING, assert_same_end, go_on, metrics, steps
+from tests.workspaces import read_jsonl
 
 STEPS_PER_EPOCH = 4
 BATCHES = 3  # of an evaluation
@@ -137,6 +138,42 @@ def test_a_due_evaluation_is_dropped_where_evaluation_was_switched_off(server, r
     assert not any("eval_loss" in record for record in metrics(tmp_path))
 
 
+# ---- The log ----
+
+
+def every_figure(folder: Path) -> list[dict]:
+    """Also of the record that ends the training, which has times among its keys."""
+    return [figures_of(record) for record in read_jsonl(folder / "metrics.jsonl")]
+
+
+@pytest.mark.parametrize("options", [[], ["--max_tokens_per_micro_batch=320"], ["--pair_layout=padded"]], ids=str)
+@pytest.mark.parametrize(("place", "number"), [("training", 9), ("evaluation", BATCHES + 2), ("the end", 1)])
+def test_every_key_of_a_resumed_run_s_log_is_that_of_an_unbroken_one(
+    place, number, options, server, recipe, unbroken, tmp_path
+):
+    if place == "training" and "--max_tokens_per_micro_batch=320" in options:
+        number = 5  # fewer calls, each of more pairs
+    options = ["--eval_on_start=true", "--include_num_input_tokens_seen=non_padding", *options]
+    stop(server, recipe, tmp_path, *options, place=place, number=number)
+    go_on(server, recipe, tmp_path, *options)
+    whole = unbroken(*options)
+    assert every_figure(tmp_path) == every_figure(whole)
+    assert figures(tmp_path / "train_results.json") == figures(whole / "train_results.json")
+    (last,) = [record for record in every_figure(whole) if "train_loss" in record]
+    losses = [record["loss"] for record in every_figure(whole) if "loss" in record]
+    assert min(losses) < last["train_loss"] < max(losses)
+    assert last["num_input_tokens_seen"] > 0
+
+
+@pytest.mark.parametrize(("place", "number"), [("training", 3), ("evaluation", 2 * BATCHES), ("the end", 1)])
+def test_a_resumed_run_stops_early_where_an_unbroken_one_does(place, number, server, recipe, unbroken, tmp_path):
+    options = [*BEST, "--early_stopping_patience=2"]
+    stop(server, recipe, tmp_path, *options, place=place, number=number)
+    go_on(server, recipe, tmp_path, *options)
+    assert_ends_with_best(tmp_path, unbroken(*options), 2)
+    assert json.loads((tmp_path / "trainer_state.json").read_text())["global_step"] == 6
+
+
 # ---- The data loader's workers ----
 
 
@@ -183,8 +220,11 @@ def test_after_training_a_signal_to_one_of_two_processes_saves_on_both(server, r
 
 
 def figures(path: Path) -> dict[str, float]:
-    figures = json.loads(path.read_text())
-    return {name: value for name, value in figures.items() if not any(part in name for part in TIMING)}
+    return figures_of(json.loads(path.read_text()))
+
+
+def figures_of(record: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in record.items() if not any(part in name for part in TIMING)}
 
 
 def test_a_checkpoint_in_the_middle_of_an_epoch_that_ends_the_run_is_resumed_without_a_further_step(

@@ -3,16 +3,8 @@
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from alignment.data.chat import (
-    check_published_template,
-    exact_pair_text,
-    find_chat_template,
-    message_texts,
-    pair_texts,
-    published_pair_text,
-    render,
-    shipped_template,
-)
+from alignment.data.chat import check_published_template, exact_pair_text, message_texts, pair_texts, published_pair_text
+from alignment.data.template import find_chat_template, render, shipped_template
 from alignment.errors import UserError
 from tests.builders import bpe_tokenizer
 
@@ -101,6 +93,8 @@ def test_published_text_opens_the_response_with_the_assistants_header_and_has_on
         "chosen": "<|start_header_id|>assistant<|end_header_id|>\n\nBecause.<|eot_id|>",
         "rejected": "<|start_header_id|>assistant<|end_header_id|>\n\nNo.<|eot_id|>",
         "system_added": False,
+        "add_eos": False,
+        "findings": [],
     }
 
 
@@ -163,6 +157,7 @@ def test_the_shipped_templates_suit_published_mode(name):
 def test_exact_text_gives_the_assistants_header_to_the_prompt(template, prompt_end, response_end):
     tokenizer = with_template(template)
     text = exact_pair_text(ROW, tokenizer)
+    assert text["add_eos"] == ("<|eot_id|>" not in response_end)  # <|im_end|> is no token of this tokenizer
     assert text["prompt"].endswith(prompt_end)
     assert (text["chosen"], text["rejected"]) == (f"Because.{response_end}", f"No.{response_end}")
     assert text["prompt"] + text["chosen"] == render(ROW["prompt"] + ROW["chosen"], tokenizer)

@@ -165,8 +165,8 @@ def test_a_glob_sends_each_file_where_its_name_says():
 def test_the_files_of_a_glob_are_read_in_the_order_of_their_names(monkeypatch):
     for name in "abc":
         write(f"source/{name}.jsonl", pairs(1, name))
-    in_any_order = [Path(f"source/{name}.jsonl") for name in "cab"]
-    monkeypatch.setattr(Path, "glob", lambda self, pattern: in_any_order)
+    in_order = Path.glob
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: iter(sorted(in_order(self, pattern), reverse=True)))
     mixed, _ = read({"source/*.jsonl": 2})
     assert sorted(questions(mixed["train"])) == ["a0", "b0"]
 
@@ -188,10 +188,9 @@ def test_a_single_saved_dataset_is_treated_like_a_file(name, purpose):
     assert {"saved0", "saved1"} < set(questions(mixed[purpose]))
 
 
-def test_a_saved_dataset_in_a_read_only_folder_is_read_and_nothing_is_written_beside_it(monkeypatch):
+def test_a_saved_dataset_is_read_and_nothing_is_written_beside_it():
     Dataset.from_list(pairs(3)).save_to_disk("saved")
     before = sorted(Path("saved").iterdir())
-    monkeypatch.setattr(sources.os, "access", lambda path, mode: False)
     mixed, _ = read({"saved": 1.0})
     assert sorted(questions(mixed["train"])) == ["q0", "q1", "q2"]
     assert sorted(Path("saved").iterdir()) == before
@@ -289,10 +288,10 @@ def test_a_folder_without_data_is_an_error_that_says_what_it_should_hold():
 @pytest.mark.parametrize(
     ("name", "text", "problem"),
     [
-        ("broken.jsonl", '{"chosen": 1}\n{"chosen": \n', "broken.jsonl: cannot be read: JSON parse error"),
+        ("broken.jsonl", '{"chosen": \n', "broken.jsonl, line 1: is no JSON (Expecting value at column 11); every line"),
         ("broken.parquet", "no parquet", "broken.parquet: cannot be read: Parquet magic bytes not found"),
         ("empty.jsonl", "", "empty.jsonl: has no rows"),
-        ("pairs.csv", "chosen,rejected\n", "pairs.csv: needs files of one format"),
+        ("pairs.csv", "chosen,rejected\n", "pairs.csv: pairs.csv is none of the files that can be read"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_named_with_the_reason(name, text, problem):
@@ -501,7 +500,7 @@ def test_the_golden_rows_come_as_and_in_the_order_in_which_the_published_code_re
 def only_row(row: dict[str, Any], **options: Any) -> tuple[dict[str, list[Turn]], SplitReport]:
     write("row.jsonl", [row])
     mixed, reports = read({"row.jsonl": 1.0}, **options)
-    return mixed["train"][0], reports["train"]
+    return {key: mixed["train"][0][key] for key in ("prompt", "chosen", "rejected")}, reports["train"]
 
 
 def test_without_a_prompt_list_the_prompt_is_all_chosen_turns_but_the_last():
@@ -573,10 +572,10 @@ MALFORMED = [
         "rejected ends with a user turn; the last turn must be the assistant's",
     ),
     (
-        {"chosen": [{"role": "tool", "content": "q"}, assistant("c")]}
-        | {"rejected": [{"role": "tool", "content": "q"}, assistant("r")]},
+        {"chosen": [{"role": "narrator", "content": "q"}, assistant("c")]}
+        | {"rejected": [{"role": "narrator", "content": "q"}, assistant("r")]},
         "unknown role",
-        "chosen has a turn by 'tool'; a role is system, user, assistant",
+        "chosen has a turn by 'narrator'; a role is system, developer, user, assistant, tool",
     ),
     (pair(chosen=""), "empty response", "the last turn of chosen is empty"),
     (pair(rejected=" \n"), "empty response", "the last turn of rejected is empty"),
@@ -592,7 +591,7 @@ MALFORMED = [
 @pytest.mark.parametrize(("row", "reason", "detail"), MALFORMED)
 def test_a_malformed_row_is_kept_by_published_and_refused_or_dropped_by_exact(row, reason, detail):
     write("pairs/train.jsonl", [pair("q0"), pair("q1"), row])
-    place = f"pairs/train.jsonl, row 2: {detail}"
+    place = f"pairs/train.jsonl, line 3: {detail}"
 
     mixed, reports = read({"pairs": 1.0}, preprocessing="published", bad_rows="drop")
     assert len(mixed["train"]) == 3
@@ -648,7 +647,7 @@ UNREADABLE = [
 def test_a_row_that_cannot_be_read_is_an_error_in_both_modes(change, problem, preprocessing):
     write("pairs/train.jsonl", [pair(), {**pair(), **change}])
     message = error_of({"pairs": 1.0}, preprocessing=preprocessing, bad_rows="drop")
-    assert message.startswith(f"pairs/train.jsonl, row 1: {problem}")
+    assert message.startswith(f"pairs/train.jsonl, line 2: {problem}")
 
 
 def test_a_missing_column_is_an_error_with_the_columns_there_are():
@@ -662,9 +661,9 @@ def test_bad_rows_of_all_sources_are_told_at_once_the_first_few_by_place():
     write("b.jsonl", [pair(chosen="")] * 1200)
     message = error_of({"a": 1.0, "b.jsonl": 1.0}, preprocessing="exact", do_eval=True)
     assert message.splitlines() == [
-        "a/train.jsonl, row 0: the last turn of chosen is empty",
-        "a/train.jsonl, row 1: the last turn of chosen is empty",
-        "a/train.jsonl, row 2: the last turn of chosen is empty",
+        "a/train.jsonl, line 1: the last turn of chosen is empty",
+        "a/train.jsonl, line 2: the last turn of chosen is empty",
+        "a/train.jsonl, line 3: the last turn of chosen is empty",
         "...",
         "bad rows: empty response 1,203, last turn is not the assistant's 1; bad_rows: drop leaves out what is malformed",
     ]
@@ -674,7 +673,7 @@ def test_a_report_names_the_first_few_rows_of_each_reason():
     write("a.jsonl", [pair(chosen="")] * 5 + [pair(question="")])
     _, reports = read({"a.jsonl": 1.0})
     numbers = [place.split(":")[0] for place in reports["train"].places]
-    assert numbers == ["a.jsonl, row 0", "a.jsonl, row 1", "a.jsonl, row 2", "a.jsonl, row 5"]
+    assert numbers == ["a.jsonl, line 1", "a.jsonl, line 2", "a.jsonl, line 3", "a.jsonl, line 6"]
 
 
 def test_the_row_number_is_the_one_in_the_file_even_in_a_sample():
@@ -685,7 +684,7 @@ def test_the_row_number_is_the_one_in_the_file_even_in_a_sample():
     for seed in range(8):
         _, reports = read({"a.jsonl": 0.5}, preprocessing="exact", bad_rows="drop", seed=seed)
         places |= set(reports["train"].places)
-    assert places == {"a.jsonl, row 33: the last turn of chosen is empty"}
+    assert places == {"a.jsonl, line 34: the last turn of chosen is empty"}
 
 
 def test_only_the_rows_of_the_share_are_checked():
@@ -719,9 +718,9 @@ def test_conversations_keep_their_messages_only_and_are_checked_too():
     messages = [user("q"), assistant("a")]
     write("a.jsonl", [{"messages": messages, "prompt": "q", "chosen": 1}, {"messages": [user("q")], "prompt": "q"}])
     options = {"columns": ("messages",), "preprocessing": "exact"}
-    assert "row 1: messages ends with a user turn" in error_of({"a.jsonl": 1.0}, **options)
+    assert "line 2: messages ends with a user turn" in error_of({"a.jsonl": 1.0}, **options)
     mixed, reports = read({"a.jsonl": 1.0}, bad_rows="drop", **options)
-    assert mixed["train"][:] == {"messages": [messages]}
+    assert mixed["train"]["messages"][:] == [messages]
     assert reports["train"].dropped == {"last turn is not the assistant's": 1}
     mixed, _ = read({"a.jsonl": 1.0}, columns=("messages",))
     assert len(mixed["train"]) == 2
@@ -729,7 +728,7 @@ def test_conversations_keep_their_messages_only_and_are_checked_too():
 
 def test_a_conversation_that_cannot_be_read_is_an_error():
     write("a.jsonl", [{"messages": None}, {"messages": [user("q")]}])
-    assert error_of({"a.jsonl": 1.0}, columns=("messages",)).startswith("a.jsonl, row 0: messages is null")
+    assert error_of({"a.jsonl": 1.0}, columns=("messages",)).startswith("a.jsonl, line 1: messages is null")
 
 
 def test_sources_with_different_columns_and_types_mix():
@@ -787,7 +786,7 @@ def test_several_processes_give_the_rows_and_places_of_one():
         datasets.enable_caching()
     assert questions(one["train"]) == questions(two["train"])
     assert one_report == two_report
-    assert two_report["train"].places == ["a.jsonl, row 2400: the last turn of chosen is empty"]
+    assert two_report["train"].places == ["a.jsonl, line 2401: the last turn of chosen is empty"]
 
 
 @pytest.mark.parametrize("is_main", [True, False])

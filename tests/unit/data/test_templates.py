@@ -8,7 +8,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from alignment.data.chat import TEMPLATE_FOLDER, shipped_template, with_empty_system_turn
+from alignment.data.chat import with_empty_system_turn
+from alignment.data.template import TEMPLATE_FOLDER, shipped_template
 
 ZEPHYR_TOKENIZER_CONFIG = Path(__file__).parents[2] / "golden" / "data" / "policy-zephyr" / "tokenizer_config.json"
 

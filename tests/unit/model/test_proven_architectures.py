@@ -8,7 +8,7 @@ from alignment.model.head import add_lm_head
 from alignment.model.shared_prompt import PROVEN, use_shared_prompts
 from alignment.preference.collate import PackedCollator
 from alignment.preference.losses import response_sums
-from scripts.simpo_trainer import FORWARD_COLUMNS
+from alignment.preference.trainer import FORWARD_COLUMNS
 from tests import builders, reference
 
 WINDOWS = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]}  # shorter than the prompts

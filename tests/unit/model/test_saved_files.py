@@ -26,7 +26,7 @@ from alignment.model import tokenizer_files
 from alignment.model.config_files import config_as_came, saved_config, weights_alone, write_configs
 from alignment.model.endings import end_of_turn, stop_at
 from alignment.model.precision import Rounded, checkpoint_dtype, in_dtype
-from alignment.model.saved import rehearse
+from alignment.model.saved import try_to_save
 from alignment.model.tokenizer_files import difference, in_both_dialects, load_as_written, save_tokenizer, settle_class
 from alignment.model.vocabulary import highest_id, refuse_unknown_ids, train_every_row
 from tests import builders
@@ -256,7 +256,7 @@ def test_settings_that_contradict_each_other_are_saved_as_they_came_and_refuse_n
     model.generation_config.eos_token_id = [3, 4]
     with pytest.raises(ValueError, match="temperature"):
         model.save_pretrained(tmp_path / "other")
-    rehearse(model, builders.bpe_tokenizer(), config_as_came(model), [[5, 6]], eos_token=None, trust_remote_code=False)
+    try_to_save(model, builders.bpe_tokenizer(), config_as_came(model), [[5, 6]], eos_token=None, trust_remote_code=False)
     folder = tmp_path / "run"
     with weights_alone(model):
         model.save_pretrained(folder)
@@ -271,7 +271,7 @@ def test_a_config_that_cannot_be_saved_is_refused_before_training():
     model = builders.tiny_model()
     model.config.unsavable = {1, 2}
     with pytest.raises(UserError, match="cannot be saved and read again"):
-        rehearse(model, builders.bpe_tokenizer(), {}, [], eos_token=None, trust_remote_code=False)
+        try_to_save(model, builders.bpe_tokenizer(), {}, [], eos_token=None, trust_remote_code=False)
 
 
 # ---- Types ----

@@ -81,7 +81,7 @@ def test_tokens_are_counted_as_distinct_as_padded_and_as_scored():
     with that last token: (1 + 2 + 1) + (0 + 1 + 3) = 8. padded: 4 rows of 4. scored: 2 + 1 + 1 + 3.
     """
     batch = PaddedCollator(pad_token_id=PAD)([pair([1, 2], [11, 12], [21]), pair([3], [13], [22, 23, 24])])
-    assert batch["token_counts"] == TokenCounts(distinct=8, padded=16, scored=7, chosen=3, pairs=2)
+    assert batch["token_counts"] == TokenCounts(distinct=8, padded=16, scored=7, unpadded=13, chosen=3, whole_chosen=4, pairs=2)
 
 
 def test_the_scale_of_the_published_cross_entropy_is_pairs_per_chosen_token_of_the_micro_batch():

@@ -25,8 +25,9 @@ from alignment.model.head import add_lm_head
 from alignment.model.shared_prompt import PROVEN, use_shared_prompts
 from alignment.preference.collate import Batch, PackedCollator, PaddedCollator, Row
 from alignment.preference.losses import response_sums, simpo_loss
+from alignment.preference.trainer import FORWARD_COLUMNS
 from scripts.simpo_config import SimPOConfig
-from scripts.simpo_trainer import FORWARD_COLUMNS, SimPOTrainer
+from scripts.simpo_trainer import SimPOTrainer
 from tests import reference
 from tests.builders import KINDS, SIZES, tiny_model, token_rows
 
@@ -448,7 +449,7 @@ def test_auto_packs_where_it_can(build):
 
 
 def test_auto_falls_back_to_padded_rows_and_says_why_in_one_line(build, caplog):
-    with caplog.at_level(logging.INFO, logger="scripts.simpo_trainer"):
+    with caplog.at_level(logging.INFO, logger="alignment.preference.trainer"):
         trainer = build(model_of("mamba"), "auto", max_steps=1)
     assert isinstance(trainer.data_collator, PaddedCollator)
     (line,) = [record.getMessage() for record in caplog.records if "Padded" in record.getMessage()]

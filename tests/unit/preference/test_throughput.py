@@ -24,8 +24,8 @@ def test_tokens_per_second_are_distinct_tokens_over_the_seconds_within_steps(clo
     clock += [0.0, 10.0, 12.0, 100.0, 103.0]  # made; a step of 2 s; 88 s of something else; a step of 3 s
     throughput = Throughput((200.0, 50.0), CPU, is_packed=True)
     for counts in (
-        TokenCounts(distinct=60, padded=100, scored=40, chosen=20, pairs=2),
-        TokenCounts(distinct=40, padded=100, scored=30, chosen=10, pairs=1),
+        TokenCounts(distinct=60, padded=100, scored=40, chosen=20, whole_chosen=20, pairs=2),
+        TokenCounts(distinct=40, padded=100, scored=30, chosen=10, whole_chosen=10, pairs=1),
     ):
         throughput.start_step()
         throughput.counts.append(counts)
@@ -42,7 +42,7 @@ def test_padded_batches_save_nothing(clock):
     clock += [0.0, 0.0, 1.0]
     throughput = Throughput(None, CPU, is_packed=False)
     throughput.start_step()
-    throughput.counts.append(TokenCounts(distinct=60, padded=100, scored=40, chosen=20, pairs=2))
+    throughput.counts.append(TokenCounts(distinct=60, padded=100, scored=40, chosen=20, whole_chosen=20, pairs=2))
     throughput.end_step()
     figures = throughput.flush(Accelerator(cpu=True))
     assert figures["tokens_per_second"] == 60
@@ -54,7 +54,7 @@ def test_utilization_is_the_work_of_distinct_and_scored_tokens_over_the_device_s
     throughput = Throughput((200.0, 50.0), CPU, is_packed=True)
     throughput.peak_flops = 1e6
     throughput.start_step()
-    throughput.counts.append(TokenCounts(distinct=10, padded=20, scored=4, chosen=2, pairs=1))
+    throughput.counts.append(TokenCounts(distinct=10, padded=20, scored=4, chosen=2, whole_chosen=2, pairs=1))
     throughput.end_step()
     body, head = throughput.step_flops
     assert throughput.flush(Accelerator(cpu=True))["mfu"] == pytest.approx((10 * body + 4 * head) / 2 / 1e6)

@@ -28,14 +28,11 @@ from alignment.data.prepare import to_tokens
 from alignment.errors import TrainingStopped, UserError
 from alignment.preference.collate import PaddedCollator
 from alignment.run.guards import NonFiniteStep
-from scripts.simpo_config import SimPOConfig
 from scripts.simpo_trainer import SimPOTrainer
 from tests import reference
 from tests.builders import VOCABULARY, bpe_tokenizer, text_rows, tiny_model, token_rows
+from tests.unit.preference.conftest import LEARNING_RATE, LENGTHS, ROWS
 
-LENGTHS = [(5, 3, 9), (2, 12, 4), (1, 1, 1), (9, 6, 6), (4, 20, 2), (3, 2, 15), (7, 8, 1), (6, 5, 5)]
-ROWS = token_rows(LENGTHS)
-LEARNING_RATE = 0.05
 LOSS = {"beta": 2.5, "gamma_beta_ratio": 0.4}
 # Models compute their norms in float32, float64 weights or not, and a packed row rounds there in its own way.
 ROUNDING = {"rtol": 0, "atol": 1e-6}
@@ -49,47 +46,8 @@ both_layouts = pytest.mark.parametrize("layout", ["padded", "packed"])
 
 
 @pytest.fixture
-def build(tmp_path, tokenizer):
-    """Builds a SimPOTrainer. Plain SGD without clipping, so that a gradient of the wrong size shows in the weights."""
-
-    def build(
-        model: PreTrainedModel | str | None = None,
-        rows: list[dict[str, Any]] | Dataset = ROWS,
-        held_out=None,
-        **settings: Any,
-    ) -> SimPOTrainer:
-        arguments = {key: settings.pop(key) for key in ("peft_config", "processing_class") if key in settings}
-        args = SimPOConfig(
-            **{
-                "output_dir": str(tmp_path / "run"),
-                "use_cpu": True,
-                "disable_tqdm": True,
-                "report_to": "none",
-                "save_strategy": "no",
-                "num_train_epochs": 1,
-                "per_device_train_batch_size": 8,
-                "per_device_eval_batch_size": 3,
-                "train_sampling_strategy": "sequential",
-                "optim": "sgd",
-                "learning_rate": LEARNING_RATE,
-                "lr_scheduler_type": "constant",
-                "max_grad_norm": 0.0,
-                "logging_steps": 1,
-                "max_length": 200,
-                "max_prompt_length": 100,
-                **LOSS,
-                **settings,
-            }
-        )
-        return SimPOTrainer(
-            model=tiny_model() if model is None else model,
-            args=args,
-            train_dataset=rows if isinstance(rows, Dataset) else Dataset.from_list(rows),
-            eval_dataset=Dataset.from_list(held_out) if isinstance(held_out, list) else held_out,
-            **{"processing_class": tokenizer, **arguments},
-        )
-
-    return build
+def build(build_of):
+    return lambda *arguments, **settings: build_of("simpo", *arguments, **{**LOSS, **settings})
 
 
 def plain_sgd(model: PreTrainedModel, steps: list[list[dict[str, Any]]], **loss: float) -> dict[str, Tensor]:
@@ -379,7 +337,7 @@ def test_a_peft_model_that_is_given_trains_as_one_that_is_made_here(build):
 
 def test_dropout_is_off_lora_dropout_included_and_a_line_says_so(build, caplog):
     lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], lora_dropout=0.3)
-    with caplog.at_level(logging.INFO, "scripts"):
+    with caplog.at_level(logging.INFO, "alignment"):
         trainer = build(tiny_model(attention_dropout=0.5), peft_config=lora)
     assert "self_attn.attention_dropout = 0.5" in caplog.text
     assert "q_proj.lora_dropout.default = 0.3" in caplog.text
@@ -614,7 +572,7 @@ def test_the_card_tells_of_the_run(build, tmp_path):
         "# my-policy",
         "trained on `me/pairs`",
         "| beta | 2.5 |",
-        "| gamma / beta | 0.4 |",
+        "| gamma_beta_ratio | 0.4 |",
         "| pairs per step | 8 |",
         "| steps | 1 |",
         "| max_length / max_prompt_length | 200 / 100 |",
@@ -673,7 +631,7 @@ def test_compute_loss_without_a_step_averages_its_own_batch(build):
     assert len(scores.chosen_mean_logp) == 3
 
 
-@pytest.mark.parametrize(("count", "layers"), [(None, 2), (0, 0), (1, 1), (2, 2), (9, 2)])
+@pytest.mark.parametrize(("count", "layers"), [("auto", 2), ("all", 2), (0, 0), (1, 1), (2, 2), (9, 2)])
 def test_layers_that_are_not_recomputed_change_no_number(build, count, layers):
     settings = {"gradient_checkpointing": True, "recompute_layers": count, "learning_rate": LEARNING_RATE}
     trainer = build(double(), **settings)

@@ -6,6 +6,9 @@ import pytest
 
 from alignment.errors import ConfigError, UserError
 from alignment.recipe.configs import DataArguments, ModelArguments
+from alignment.recipe.parser import H4ArgumentParser
+from scripts.dpo_config import DPOConfig
+from scripts.orpo_config import ORPOConfig
 from scripts.sft_config import SFTConfig
 from scripts.simpo_config import SimPOConfig
 
@@ -198,3 +201,145 @@ def test_quantised_weights_are_trained_with_an_adapter_and_in_one_precision():
 @pytest.mark.parametrize("settings", [{"lora_r": 0}, {"lora_alpha": -1}, {"lora_dropout": 1.0}, {"lora_dropout": math.nan}])
 def test_an_adapter_has_a_rank_a_scale_and_a_dropout_below_1(settings):
     assert refused(ModelArguments, **settings) == list(settings)
+
+
+# ---- Objectives ----
+
+
+def dpo(**settings) -> DPOConfig:
+    return DPOConfig(use_cpu=True, **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "beta"),
+    [
+        ({}, 0.1),
+        ({"loss_type": "ipo"}, 0.1),
+        ({"length_normalized": True}, 5.0),
+        ({"length_normalized": True, "beta": 2.0}, 2.0),
+    ],
+    ids=str,
+)
+def test_the_default_beta_is_the_objectives(settings, beta):
+    assert dpo(**settings).beta == beta
+    assert dpo(**settings).followed_defaults == {"beta": beta}  # for the recorded recipe
+
+
+@pytest.mark.parametrize(
+    ("config", "settings", "key"),
+    [
+        (SimPOConfig, {"alpha": 0.5}, "alpha"),
+        (SimPOConfig, {"loss_type": "simper", "beta": 10.0}, "beta"),
+        (SimPOConfig, {"loss_type": "simper", "gamma_beta_ratio": 0.5}, "gamma_beta_ratio"),
+        (DPOConfig, {"loss_type": "hinge", "label_smoothing": 0.1}, "label_smoothing"),
+        (DPOConfig, {"loss_type": "ipo", "length_normalized": True}, "length_normalized"),
+    ],
+    ids=str,
+)
+def test_a_key_that_the_chosen_objective_does_not_read_is_refused(config, settings, key):
+    assert refused(config, **settings) == [key]
+
+
+@pytest.mark.parametrize("settings", [{"loss_type": "simper"}, {"loss_type": "hinge"}, {"loss_type": "alphapo"}], ids=str)
+def test_written_out_defaults_of_other_objectives_pass(settings):
+    """As the recorded recipe of a run has them."""
+    defaults = {"beta": 2.0, "gamma_beta_ratio": 0.25, "label_smoothing": 0.0, "alpha": 0.25}
+    assert simpo(**defaults, **settings).loss_type == settings["loss_type"]
+
+
+def test_published_hinge_with_label_smoothing_is_a_line():
+    remarks = simpo(loss_type="hinge", label_smoothing=0.1).remarks()
+    assert [remark.key for remark in remarks] == ["label_smoothing"]
+
+
+@pytest.mark.parametrize(
+    ("config", "noticed"),
+    [
+        (simpo(), False),
+        (simpo(beta=10.0), False),
+        (simpo(beta=0.1), True),
+        (simpo(loss_type="simper"), False),
+        (dpo(), False),
+        (dpo(beta=2.5), True),
+        (dpo(beta=2.5, length_normalized=True), False),
+        (dpo(beta=0.1, length_normalized=True), True),
+        (ORPOConfig(use_cpu=True), False),
+        (ORPOConfig(use_cpu=True, beta=2.5), True),
+    ],
+    ids=str,
+)
+def test_a_beta_of_another_objective_is_noticed_with_the_authors_range(config, noticed):
+    remarks = config.remarks()
+    assert [remark.key for remark in remarks] == ["beta"] * noticed
+    if noticed:
+        assert f"the authors of {config.objective.name} use" in str(remarks[0])
+
+
+@pytest.mark.parametrize(
+    ("config", "text"),
+    [
+        (simpo(beta=2.5), "SimPO, loss = -log sigmoid(beta * (mean logp_w - mean logp_l - gamma_beta_ratio)), beta = 2.5"),
+        (simpo(loss_type="alphapo"), "AlphaPO, loss = -log sigmoid(beta * (reward_w - reward_l - gamma_beta_ratio))"),
+        (simpo(loss_type="simper"), "SimPER, loss = exp(mean logp_l) - exp(mean logp_w); reference: none"),
+        (dpo(), "DPO, loss = -log sigmoid(beta * (ratio_w - ratio_l)), beta = 0.1"),
+        (dpo(loss_type="ipo"), "IPO, loss = (mean ratio_w - mean ratio_l - 1 / (2 beta))^2, beta = 0.1"),
+        (dpo(length_normalized=True), "Length-normalized DPO, loss = -log sigmoid(beta * (mean ratio_w - mean ratio_l))"),
+        (
+            ORPOConfig(use_cpu=True),
+            "ORPO, loss = NLL(prompt and chosen response) - beta * log sigmoid(log odds_w - log odds_l)",
+        ),
+    ],
+    ids=lambda value: value.objective.name if hasattr(value, "objective") else "",
+)
+def test_a_run_says_what_it_optimizes_and_against_what(config, text):
+    said = str(config.objective)
+    assert said.startswith(text)
+    assert ("reference: the policy at step 0" if isinstance(config, DPOConfig) else "reference: none") in said
+
+
+# ---- TRL's and the handbook's spellings ----
+
+DPO_PARSER = H4ArgumentParser((ModelArguments, DataArguments, DPOConfig))
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--loss_type=hinge"], {"loss_type": "hinge"}),
+        (['--loss_type=["ipo"]'], {"loss_type": "ipo"}),
+        (["--loss_type=sigmoid,sft", "--loss_weights=1,0.2"], {"loss_type": "sigmoid", "sft_weight": 0.2}),
+        (["--loss_type=sigmoid_norm"], {"loss_type": "sigmoid", "length_normalized": True, "beta": 5.0}),
+        (['--loss_type=["sigmoid_norm", "sft"]', "--loss_weights=[1, 0.5]"], {"length_normalized": True, "sft_weight": 0.5}),
+        (["--precompute_ref_log_probs"], {}),
+        (["--rpo_alpha=0.3"], {"sft_weight": 0.3}),
+        (["--rpo_alpha=null"], {"sft_weight": 0.0}),
+    ],
+    ids=str,
+)
+def test_other_libraries_spellings_are_read_and_said(options, expected):
+    *_, config = DPO_PARSER.parse(["--use_cpu", *options])
+    assert {key: getattr(config, key) for key in expected} == expected
+    assert len(DPO_PARSER.notices) == (options != ["--loss_type=hinge"])
+
+
+def test_a_line_says_what_trl_did_with_rpo_alpha():
+    DPO_PARSER.parse(["--use_cpu", "--rpo_alpha=1"])
+    assert "trl 0.9 weighed the DPO loss by it instead" in DPO_PARSER.notices[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--loss_type=sigmoid,hinge"], "expected loss_type [X] or [X, sft] with loss_weights [1, w]"),
+        (["--loss_type=sigmoid,sft", "--loss_weights=0.5,1"], "expected loss_type [X] or [X, sft] with loss_weights [1, w]"),
+        (["--loss_type=exo_pair"], "expected one of sigmoid, hinge, ipo, robust"),
+        (["--rpo_alpha=1", "--sft_weight=0.5"], "rpo_alpha or sft_weight, its other spelling; keep one of them"),
+        (["--f_divergence_type=js_divergence"], "'f_divergence_type' is not read: it is of TRL's DPOTrainer"),
+        (["--sync_ref_model=true"], "'sync_ref_model' is not read: the reference is the policy itself at step 0"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_read_is_refused_by_name(options, message):
+    with pytest.raises(UserError) as error:
+        DPO_PARSER.parse(["--use_cpu", *options])
+    assert message in str(error.value)

@@ -8,9 +8,11 @@ import pytest
 import yaml
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 
-from alignment.data.chat import TEMPLATE_FOLDER
+from alignment.data.template import TEMPLATE_FOLDER
 from alignment.recipe.configs import DataArguments, ModelArguments
 from alignment.recipe.parser import H4ArgumentParser
+from scripts.dpo_config import DPOConfig
+from scripts.orpo_config import ORPOConfig
 from scripts.sft_config import SFTConfig
 from scripts.simpo_config import SimPOConfig
 
@@ -18,7 +20,12 @@ ROOT = Path(__file__).parents[3]
 RECIPE_FOLDER = ROOT / "training_configs"
 RECIPES = sorted(path.relative_to(RECIPE_FOLDER).with_suffix("").as_posix() for path in RECIPE_FOLDER.rglob("*.yaml"))
 LAUNCHER_CONFIGS = sorted(path.name for path in (ROOT / "accelerate_configs").glob("*.yaml"))
-CONFIG_CLASSES = {"scripts/run_simpo.py": SimPOConfig, "scripts/run_sft.py": SFTConfig}
+CONFIG_CLASSES = {
+    "scripts/run_simpo.py": SimPOConfig,
+    "scripts/run_dpo.py": DPOConfig,
+    "scripts/run_orpo.py": ORPOConfig,
+    "scripts/run_sft.py": SFTConfig,
+}
 
 
 class Published(NamedTuple):
@@ -161,6 +168,43 @@ def test_published_keys_keep_their_meaning_under_todays_names(name):
     assert (config.lr_scheduler_type, config.get_warmup_steps(1000)) == ("cosine", 100)
     assert config.learning_rate == PUBLISHED[name].learning_rate
     assert config.preprocessing == "published"
+
+
+# Learning rates of the authors' best DPO runs; their beta is 0.01 everywhere.
+DPO_RATES = {
+    "mistral-7b-base": 5e-7,
+    "mistral-7b-instruct": 5e-7,
+    "llama-3-8b-base": 5e-7,
+    "llama-3-8b-instruct": 7e-7,
+    "llama-3-8b-instruct-v2": 3e-7,
+    "gemma-2-9b-it": 5e-7,
+}
+OF_THE_OBJECTIVE = {"beta", "gamma_beta_ratio", "length_normalized", "learning_rate", "output_dir", "run_name"}
+
+
+def twin_name(setting: str, method: str) -> str:
+    return setting.replace("-v2", f"-{method}-v2") if setting.endswith("-v2") else f"{setting}-{method}"
+
+
+@pytest.mark.parametrize("setting", DPO_RATES)
+def test_a_dpo_baseline_differs_from_its_simpo_run_in_the_objective_alone(setting):
+    dpo, simpo = read(twin_name(setting, "dpo")), read(twin_name(setting, "simpo"))
+    assert {key: value for key, value in dpo.items() if key not in OF_THE_OBJECTIVE} == {
+        key: value for key, value in simpo.items() if key not in OF_THE_OBJECTIVE
+    }
+    assert (dpo["beta"], dpo["learning_rate"], "gamma_beta_ratio" in dpo) == (0.01, DPO_RATES[setting], False)
+
+
+@pytest.mark.parametrize("setting", ["mistral-7b-base", "llama-3-8b-base"])
+@pytest.mark.parametrize("method", ["dpo-normalized", "orpo"])
+def test_a_further_baseline_differs_in_the_objective_alone_and_stays_in_its_authors_range(setting, method):
+    baseline, simpo = read(f"{setting}-{method}"), read(f"{setting}-simpo")
+    assert {key: value for key, value in baseline.items() if key not in OF_THE_OBJECTIVE} == {
+        key: value for key, value in simpo.items() if key not in OF_THE_OBJECTIVE
+    }
+    *_, config = parse(f"{setting}-{method}")
+    assert config.remarks() == []
+    assert "Not a published run" in recipe_text(f"{setting}-{method}")
 
 
 def test_the_supervised_run_has_the_published_settings():

@@ -3,9 +3,11 @@
 import pytest
 from huggingface_hub import ModelCard
 
-from alignment.report.card import simpo_card
+from alignment.report.card import pair_card
+from scripts.simpo_config import SimPOConfig
 
-SETTINGS = {"beta": 2.5, "gamma / beta": 0.55, "learning rate": 1e-06}
+OBJECTIVE = SimPOConfig(use_cpu=True, beta=2.5, gamma_beta_ratio=0.55).objective
+SETTINGS = {"learning rate": 1e-06}
 HELD_OUT = {"loss": 1.234567, "rewards/accuracies": 0.75, "runtime": 12.5}
 
 
@@ -17,7 +19,7 @@ def card(**changes) -> str:
         "settings": SETTINGS,
         "held_out": HELD_OUT,
     }
-    return simpo_card(**{**given, **changes})
+    return pair_card(OBJECTIVE, **{**given, **changes})
 
 
 def test_the_card_names_method_paper_base_model_data_and_settings():
@@ -25,8 +27,10 @@ def test_the_card_names_method_paper_base_model_data_and_settings():
     for part in (
         "# tiny-simpo",
         "`me/tiny-sft` trained on `me/pairs`, `me/more-pairs` with [SimPO](https://arxiv.org/abs/2405.14734)",
+        "| objective | SimPO |",
+        "| reference | none |",
         "| beta | 2.5 |",
-        "| gamma / beta | 0.55 |",
+        "| gamma_beta_ratio | 0.55 |",
         "| learning rate | 1e-06 |",
         "Meng, Yu and Xia, Mengzhou and Chen, Danqi",
     ):

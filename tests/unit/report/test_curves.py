@@ -5,6 +5,7 @@ import json
 import pytest
 
 from alignment.report.curves import curves_figure, plot_curves, read_metrics
+from scripts.dpo_config import DPOConfig
 
 TRAIN = {"loss": 1.2, "rewards/margins": 0.3, "rewards/accuracies": 0.6, "logps/chosen": -0.4, "logps/rejected": -0.5}
 HELD_OUT = {f"eval_{key}": value for key, value in TRAIN.items()}
@@ -69,3 +70,13 @@ def test_metrics_read_from_a_run_folder_become_a_picture(tmp_path):
     assert read_metrics(path) == SIMPO_RUN
     plot_curves(read_metrics(path), tmp_path / "curves.png", "run")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_with_a_reference_shows_its_rewards_around_the_line_of_the_reference():
+    record = {"step": 5, **TRAIN, "rewards/chosen": 0.2, "rewards/rejected": -0.1}
+    figure = curves_figure([record], "run", DPOConfig(use_cpu=True).objective)
+    *others, rewards = figure.axes
+    assert [axes.get_title() for axes in others] == [*PREFERENCE_PANELS[:3], "Log-probability"]
+    assert rewards.get_title() == "Reward over the reference"
+    assert list(rewards.lines[0].get_ydata()) == [0.0, 0.0]
+    assert others[-1].get_ylabel() == "nats"

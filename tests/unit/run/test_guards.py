@@ -428,9 +428,9 @@ class Poisoned(SimPOTrainer):
             if sys.argv[2] == "crash" and self.state.global_step == 1:
                 raise ZeroDivisionError("rank 1 divides by zero")
             if sys.argv[2] == "nan" and self.state.global_step in (1, 2):
-                bad = scores.chosen_mean_logp.clone()
+                bad = scores.chosen_logp.clone()
                 bad[0] = bad[0] * math.nan
-                return scores._replace(chosen_mean_logp=bad)
+                return scores._replace(chosen_logp=bad)
         return scores
 
 if __name__ == "__main__":

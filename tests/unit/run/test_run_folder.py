@@ -1,5 +1,6 @@
 """One writer for each folder, and a status that is always whole."""
 
+import json
 import multiprocessing
 import os
 import signal
@@ -9,12 +10,23 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from alignment.errors import UserError
 from alignment.run import run_folder
-from alignment.run.run_folder import LOCK_FILE, STATUS_FILE, find_launch, mark_launch, only_writer, read_status, write_status
+from alignment.run.run_folder import (
+    LOCK_FILE,
+    STATUS_FILE,
+    find_launch,
+    folder_problems,
+    mark_launch,
+    only_writer,
+    read_status,
+    umask,
+    write_status,
+)
 
 FORK = multiprocessing.get_context("fork")
 
@@ -244,3 +256,81 @@ def test_a_process_that_sees_another_folder_says_so(tmp_path, monkeypatch):
         UserError, match=f"output_dir = '{tmp_path}/here': on .* is not the folder that the first process writes to"
     ):
         find_launch(tmp_path / "here", mark_launch(tmp_path / "there"))
+
+
+# ---- Before a run ----
+
+
+def advice(output_dir: Path, **values) -> list[str]:
+    defaults = {"prepare_only": False, "model_name_or_path": None, "tokenizer_name_or_path": None, "dataset_mixer": None}
+    problems = folder_problems(SimpleNamespace(**defaults | values, output_dir=str(output_dir)))
+    return [problem.advice for problem in problems if problem.key == "output_dir"]
+
+
+@pytest.mark.parametrize(
+    "name", ["README.md", "config.json", "model-00001-of-00002.safetensors", "tokenizer.json", "metrics.jsonl"]
+)
+def test_a_folder_with_a_file_that_a_run_would_write_over_is_refused(name, tmp_path):
+    (tmp_path / name).touch()
+    (line,) = advice(tmp_path)
+    assert line.startswith(f"{name} in it are no run's")
+
+
+@pytest.mark.parametrize("name", ["slurm-17.out", "notes.txt", "logs", "train.log"])
+def test_other_files_in_the_way_are_no_hindrance(name, tmp_path):
+    (tmp_path / name).touch()
+    assert advice(tmp_path) == []
+
+
+def test_a_run_s_own_folder_and_an_empty_or_missing_one_are_taken(tmp_path):
+    assert advice(tmp_path) == []
+    assert advice(tmp_path / "a" / "b") == []
+    with only_writer(tmp_path):
+        (tmp_path / "README.md").touch()
+    assert advice(tmp_path) == []
+
+
+@pytest.mark.parametrize("key", ["model_name_or_path", "tokenizer_name_or_path", "dataset_mixer"])
+@pytest.mark.parametrize("spelling", ["{}", "{}/", "{}/../{name}", "{link}"])
+def test_a_folder_that_the_run_is_started_from_is_refused_however_it_is_spelt(key, spelling, tmp_path):
+    folder = tmp_path / "policy"
+    folder.mkdir()
+    (tmp_path / "link").symlink_to(folder)
+    path = spelling.format(folder, name="policy", link=tmp_path / "link")
+    (line,) = advice(folder, **{key: {path: 1.0} if key == "dataset_mixer" else path})
+    assert f"is a folder of {key}" in line
+    assert advice(tmp_path / "run", **{key: {path: 1.0} if key == "dataset_mixer" else path}) == []
+
+
+def test_the_base_of_an_adapter_is_such_a_folder_too(tmp_path):
+    for name in ("base", "adapter"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tmp_path / "base")}))
+    assert len(advice(tmp_path / "base", model_name_or_path=str(tmp_path / "adapter"))) == 1
+
+
+def test_a_path_through_a_file_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    assert advice(tmp_path / "file") == [f"{tmp_path / 'file'} is a file; choose another"]
+    assert advice(tmp_path / "file" / "run") == [f"{tmp_path / 'file'} is a file; choose another"]
+
+
+def test_a_cache_that_cannot_be_written_is_named_with_the_variable_that_moves_it(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "file" / "cache")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "file" / "hub"))
+    values = SimpleNamespace(prepare_only=True, output_dir="run", model_name_or_path="me/policy")
+    problems = folder_problems(values)
+    assert [problem.key for problem in problems] == ["HF_DATASETS_CACHE", "HF_HUB_CACHE"]
+    assert all("export " in problem.advice for problem in problems)
+    values.model_name_or_path = str(tmp_path)  # a local one needs no copy from the Hub
+    assert [problem.key for problem in folder_problems(values)] == ["HF_DATASETS_CACHE"]
+
+
+@pytest.mark.parametrize("mask", [0o077, 0o022, 0o002])
+def test_the_umask_is_read_and_left(mask):
+    before = os.umask(mask)
+    try:
+        assert [umask(), umask()] == [mask, mask]
+    finally:
+        assert os.umask(before) == mask

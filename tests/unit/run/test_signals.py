@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from alignment.errors import TrainingStopped, UserError
-from alignment.run.signals import STOPPING, RunInterrupted, StopSignals, outlast_signals
+from alignment.run.signals import FOR_THE_TERMINAL, STOPPING, RunInterrupted, StopSignals, outlast_signals
 
-TERM, USR1, INT = STOPPING
+TERM, USR1, INT, HUP = STOPPING
 each_signal = pytest.mark.parametrize("number", STOPPING, ids=lambda number: number.name)
 
 
@@ -27,7 +27,7 @@ def send(*numbers: signal.Signals) -> None:
 
 
 def test_the_ends_that_schedulers_and_users_ask_for_are_listened_to():
-    assert [number.name for number in STOPPING] == ["SIGTERM", "SIGUSR1", "SIGINT"]
+    assert [number.name for number in STOPPING] == ["SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP"]
 
 
 @each_signal
@@ -84,6 +84,28 @@ def test_other_signals_are_left_alone(number):
     before = {other: signal.getsignal(other) for other in others}
     with StopSignals().listening():
         assert {other: signal.getsignal(other) for other in others} == before
+
+
+@pytest.mark.parametrize("number", FOR_THE_TERMINAL)
+def test_a_signal_of_the_terminal_that_came_ignored_stays_ignored(number):
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        stop = StopSignals()
+        with stop.listening():
+            send(number)
+            assert signal.getsignal(number) == signal.SIG_IGN
+        assert stop.received is None
+    finally:
+        signal.signal(number, before)
+
+
+def test_what_a_scheduler_sends_is_listened_to_even_if_it_came_ignored():
+    before = signal.signal(TERM, signal.SIG_IGN)
+    try:
+        with StopSignals().listening(), pytest.raises(RunInterrupted, match="SIGTERM"):
+            send(TERM)
+    finally:
+        signal.signal(TERM, before)
 
 
 def test_an_interruption_is_no_mistake_of_the_users():

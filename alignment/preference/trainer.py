@@ -1,0 +1,387 @@
+"""PairTrainer: the HF Trainer on preference pairs, whatever the objective."""
+
+import logging
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from peft import PeftConfig, PeftModel
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback, TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput
+
+from ..data.chat import TEXT_COLUMNS
+from ..data.prepare import longest_pair, to_tokens
+from ..data.tokenization import SIDES, TOKEN_COLUMNS, tokenize_pairs
+from ..errors import UserError
+from ..model.adapters import add_adapter
+from ..model.head import add_lm_head
+from ..model.layers import use_fused_kernels
+from ..model.loading import disable_dropout, load_policy, parameter_dtype
+from ..model.shared_prompt import describe_kernel, use_shared_prompts, why_not
+from ..report.card import pair_card
+from ..run.guards import NonFiniteStep
+from .collate import Batch, PackedCollator, PaddedCollator
+from .configs import PairConfig
+from .losses import response_sums
+from .records import pair_columns, rows_of
+from .reference import ScoredFirst
+from .scores import CrossEntropy, PairLosses, PairScores, pair_metrics
+from .steps import DividedSteps, StepClock, StepSize, check_token_budget, counts_of
+from .throughput import Throughput, dense_flops
+
+logger = logging.getLogger(__name__)
+
+FORWARD_COLUMNS = ("input_ids", "attention_mask", "position_ids", "shift_labels", "scored", "shared_prompt")
+
+
+class PairTrainer(DividedSteps, ScoredFirst):
+    """Trains a causal language model on preference pairs; a subclass says what their losses are, in `pair_losses`.
+
+    model: a path or Hub name, loaded with args.model_init_kwargs, or a model.
+    train_dataset, eval_dataset: rows of text (columns prompt, chosen, rejected) or of token ids (see
+    `alignment.data.tokenization.TOKEN_COLUMNS`, with index); eval_dataset may be a dict of several.
+    processing_class: the tokenizer.
+    peft_config: adds an adapter, and trains only that.
+
+    Raises UserError for columns it cannot use and for data too few for one step, and NonFiniteStep as soon as a step's
+    log-probabilities or gradient are not finite, unless skip_nonfinite allows for it.
+    """
+
+    loss_is_scaled_for_ga = True  # compute_loss divides by the pairs of the whole step
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        args: PairConfig,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: PeftConfig | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        **kwargs: Any,
+    ):
+        if processing_class is None:
+            raise UserError(f"processing_class = None: {type(self).__name__} needs the tokenizer")
+        self.base_model_name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", None)
+        self.dataset_names: list[str] = []  # for the model card
+        self.template_settings: dict[str, Any] | None = None  # the recipe's chat_template_kwargs, for the card too
+        self.eval_pairs: dict[str, dict[str, np.ndarray]] = {}  # of the last evaluation, by metric prefix
+        self.objective = args.objective
+
+        if args.max_length is None or args.max_prompt_length is None:
+            logger.warning("max_length is %d and max_prompt_length %d tokens.", args.length_limit, args.prompt_limit)
+        train_dataset, eval_dataset = (self.tokenized(data, processing_class, args) for data in (train_dataset, eval_dataset))
+        if train_dataset is not None:
+            args.refuse_zero_steps(len(train_dataset))
+        if isinstance(model, str):
+            model = load_policy(model, **{"dtype": parameter_dtype(None), **(args.model_init_kwargs or {})})
+        policy = model.get_base_model() if isinstance(model, PeftModel) else model
+        add_lm_head(policy)
+        if peft_config is not None:
+            model = add_adapter(model, peft_config, args)
+        if args.disable_dropout and (switched_off := disable_dropout(model)):
+            logger.info("Dropout off: %s", ", ".join(switched_off))
+        padding = args.padding_value if args.padding_value is not None else processing_class.pad_token_id
+        is_packed, scores_prompt = packs(policy, args.pair_layout, args.device), self.objective.scores_prompt
+        collator = PackedCollator(scores_prompt) if is_packed else PaddedCollator(padding, scores_prompt)
+        if isinstance(args.max_tokens_per_micro_batch, int):
+            check_token_budget(args.max_tokens_per_micro_batch, collator, train_dataset)
+        use_fused_kernels(args)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=kwargs.pop("data_collator", collator),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            **kwargs,
+        )
+        self.policy_config = policy.config.get_text_config()
+        self.throughput = Throughput(dense_flops(policy, trainable_share(self.model)), args.device, is_packed=is_packed)
+        self.add_callback(StepClock(self.throughput))
+        if hasattr(self.model, "add_model_tags"):
+            self.model.add_model_tags(["trl", self.objective.tag])
+
+    def tokenized(
+        self, data: Dataset | dict[str, Dataset] | None, tokenizer: PreTrainedTokenizerBase, args: PairConfig
+    ) -> Dataset | dict[str, Dataset] | None:
+        """Token ids of a data set, of each of several, or of none; what is tokenized already is left as it is."""
+        if data is None or isinstance(data, dict):
+            return data and {name: self.tokenized(split, tokenizer, args) for name, split in data.items()}
+        columns = set(data.column_names)
+        if columns >= {*TOKEN_COLUMNS, "index"}:
+            return data
+        if not columns >= set(TEXT_COLUMNS):
+            raise UserError(
+                f"columns {sorted(columns)}: {type(self).__name__} needs text in {', '.join(TEXT_COLUMNS)}, or token ids in "
+                f"{', '.join((*TOKEN_COLUMNS, 'index'))}"
+            )
+        return to_tokens(data, tokenizer, args.length_rules, num_proc=args.dataset_num_proc)
+
+    # ---- The objective ----
+
+    def pair_losses(self, scores: PairScores) -> PairLosses:
+        """Losses and rewards of B pairs: what a method is."""
+        raise NotImplementedError
+
+    def concatenated_forward(self, model: nn.Module, batch: Batch) -> PairScores:
+        """Score B pairs in one forward, over 2B padded rows or one packed row (see alignment.preference.collate)."""
+        inputs = {key: batch[key] for key in FORWARD_COLUMNS if key in batch}
+        output = model(**inputs, use_cache=False, fused_lm_head=True)
+        logps, tokens = response_sums(output.log_probs, batch["is_response"])  # (2B,) nats, (2B,) tokens
+        logits, _ = response_sums(output.mean_logits, batch["is_response"])
+        columns = [half for column in (logps, tokens, logits / tokens) for half in column.chunk(2)]
+        whole = (None, None)
+        if "is_chosen_row" in batch:
+            whole = response_sums(output.log_probs[: len(batch["index"])], batch["is_chosen_row"])  # (B,), (B,)
+        return PairScores(*columns, *whole, router_loss=output.get("aux_loss"))
+
+    def cross_entropies(self, scores: PairScores, batch: dict[str, Tensor], step: StepSize | None) -> list[CrossEntropy]:
+        """What is added to the pairs' losses: of the chosen responses, as the recipe says; of whole chosen rows, for ORPO."""
+        terms = []
+        if self.args.sft_weight > 0:
+            total = step and step.chosen_tokens
+            nats, tokens, scale = -scores.chosen_logp, scores.chosen_tokens, batch["sft_scale"]
+            terms.append(CrossEntropy("sft_loss", self.args.sft_weight, nats, tokens, scale, total))
+        if self.objective.scores_prompt:
+            total = step and step.whole_chosen_tokens
+            nats, tokens, scale = -scores.whole_chosen_logp, scores.whole_chosen_tokens, batch["whole_scale"]
+            terms.append(CrossEntropy("nll_loss", 1.0, nats, tokens, scale, total))
+        return terms
+
+    # ---- Training ----
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: StepSize | None = None,
+    ) -> Tensor | tuple[Tensor, PairScores]:
+        """This micro-batch's share of the step's loss: every pair of the step weighs the same, however it is split."""
+        scores = self.concatenated_forward(model, inputs)
+        outcome = self.pair_losses(self.with_reference(scores, inputs["index"], self.train_dataset))
+        step = self.step_size([inputs["token_counts"]]) if num_items_in_batch is None else num_items_in_batch
+        repeated = inputs.get("repeated", False)
+        # Gradients are averaged over processes, each of which has divided by the pairs of all.
+        share = 0.0 if repeated else self.accelerator.num_processes / step.pairs
+        loss = outcome.losses.sum() * share
+        metrics = pair_metrics(scores, outcome, per_token=self.objective.per_token)
+        sums = {name: (values.sum(), len(values)) for name, values in metrics.items()}
+        for term in self.cross_entropies(scores, inputs, step):
+            nats, weight = term.terms(self.args.preprocessing)
+            total_weight = term.step_tokens if self.args.preprocessing == "exact" else step.pairs
+            loss = loss + term.weight * nats.sum() * share * step.pairs / total_weight
+            sums[term.name] = (nats.sum(), weight.sum())
+        if scores.router_loss is not None:
+            router_loss = scores.router_loss.to(loss.device) * len(outcome.losses)
+            loss = loss + self.policy_config.router_aux_loss_coef * router_loss * share
+            sums["router_loss"] = (router_loss, len(outcome.losses))
+        if not repeated:
+            self.step_sums.append(sums)
+        rows = slice(0) if repeated else slice(None)
+        self.note_rows(
+            torch.isfinite(outcome.chosen_rewards + outcome.rejected_rewards)[rows],
+            loss,
+            index=inputs["index"][rows],
+            chosen_reward=outcome.chosen_rewards[rows],
+            rejected_reward=outcome.rejected_rewards[rows],
+            chosen_tokens=scores.chosen_tokens[rows],
+            rejected_tokens=scores.rejected_tokens[rows],
+        )
+        return (loss, scores) if return_outputs else loss
+
+    def describe_batch(self, inputs: Batch) -> str:
+        counts, rows = inputs["token_counts"], set(inputs["index"].tolist())
+        numbers = [number for number, index in enumerate(self.train_dataset["index"]) if index in rows]
+        return (
+            f"{len(rows)} pairs, {counts.distinct:,} distinct tokens ({counts.padded:,} if padded), the longest pair "
+            f"{longest_pair(self.train_dataset.select(numbers)):,}"
+        )
+
+    def smaller_batches(self) -> list[str]:
+        if not isinstance(self.data_collator, PackedCollator):
+            packing = ["pair_layout: auto: no padding, each prompt once"] if self.args.pair_layout == "padded" else []
+            return [*packing, *super().smaller_batches()]
+        longest = longest_pair(self.train_dataset)
+        limit = self.max_tokens or longest
+        tokens = self.micro_batch["token_counts"].distinct if self.micro_batch else limit
+        if tokens <= longest:
+            return []
+        return [f"max_tokens_per_micro_batch: {max(tokens // 2, longest)}: the same steps, divided by tokens"]
+
+    def floating_point_ops(self, inputs: Batch) -> float:
+        """Of the distinct tokens, where the architecture is known well enough to tell."""
+        if self.throughput.step_flops is None:
+            return 0
+        body, head = self.throughput.step_flops
+        return sum(body * count.distinct + head * count.scored for count in counts_of(inputs))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the running means and the speed to every training record."""
+        if "loss" in logs:
+            logs.update(self.train_means.flush(self.accelerator))
+            logs.update(speed := self.throughput.flush(self.accelerator))
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, ProgressCallback) and callback.training_bar is not None:
+                    callback.training_bar.set_postfix({name: f"{value:.3g}" for name, value in speed.items()})
+        super().log(logs, start_time)
+
+    # ---- Evaluation: per pair, so that every held-out row counts once on any number of processes ----
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[None, tuple[Tensor, ...], None]:
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            columns = self.concatenated_forward(model, inputs).per_pair()
+        columns |= {name: inputs[name] for name in ("index", "sft_scale", "whole_scale")}
+        self.scored_columns = tuple(columns)
+        return None, tuple(columns.values()), None
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        output = super().evaluation_loop(dataloader, description, False, ignore_keys, metric_key_prefix)
+        columns = dict(zip(self.scored_columns, map(torch.from_numpy, output.predictions), strict=True))
+        about = {name: columns.pop(name) for name in ("index", "sft_scale", "whole_scale")}
+        rows = dataloader.dataset
+        scores = self.with_reference(PairScores(**columns), about["index"], rows)
+        outcome = self.pair_losses(scores)
+        finite = torch.isfinite(outcome.chosen_rewards + outcome.rejected_rewards)
+        if not finite.all():
+            raise NonFiniteStep(
+                f"step {self.state.global_step}: the log-probabilities of {metric_key_prefix} rows "
+                f"{about['index'][~finite].tolist()} are not finite; the last checkpoint is as it was."
+            )
+        means = self.evaluation_means(scores, outcome, about)
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
+        if metric_key_prefix == next(iter(self.held_out_sets()), None):
+            output.metrics.update(self.probe_metrics(self.num_examples(dataloader)))
+        self.eval_pairs[metric_key_prefix] = pair_columns(self.state.global_step, rows, about["index"], scores, outcome)
+        return output
+
+    def probe_metrics(self, held_out: int) -> dict[str, float]:
+        """The metrics of some training pairs, the same ones each time, scored as the held-out ones are."""
+        rows = self.train_dataset
+        if rows is None or not (count := min(self.args.train_probe, held_out, len(rows))):
+            return {}
+        drawn = rows.select(sorted(random.Random(self.args.seed).sample(range(len(rows)), count)))
+        scored = self.score(drawn, "the training probe")
+        scores = self.with_reference(PairScores.of(scored), scored["index"], rows)
+        metrics = pair_metrics(scores, self.pair_losses(scores), per_token=self.objective.per_token)
+        # What is kept of scores has no logits.
+        known = {name: values.double().mean().item() for name, values in metrics.items() if not name.startswith("logits/")}
+        return {f"probe_{name}": value for name, value in known.items()}
+
+    def pair_records(self) -> list[dict[str, Any]]:
+        """A row for each held-out pair before the first step, and for each one of the last evaluation."""
+        before = self.step_zero.get("eval") if self.args.score_step_0 else None
+        tables = []
+        if before is not None:
+            index, rows = before.columns["index"], self.eval_dataset
+            scores = self.with_reference(PairScores.of(before.columns), index, rows)
+            tables.append(pair_columns(0, rows, index, scores, self.pair_losses(scores)))
+        tables += [self.eval_pairs["eval"]] if "eval" in self.eval_pairs else []
+        return [row for table in tables for row in rows_of(table)]
+
+    def evaluation_means(self, scores: PairScores, outcome: PairLosses, about: dict[str, Tensor]) -> dict[str, float]:
+        """The metrics of a data set, over all its pairs."""
+        metrics = pair_metrics(scores, outcome, per_token=self.objective.per_token)
+        means = {name: values.double().mean().item() for name, values in metrics.items()}
+        means["loss"] = outcome.losses.double().mean().item()
+        for term in self.cross_entropies(scores, about, step=None):
+            nats, weight = term.terms(self.args.preprocessing)
+            means[term.name] = (nats.double().sum() / weight.sum()).item()
+            means["loss"] += term.weight * means[term.name]
+        return means
+
+    # ---- Saving ----
+
+    def sums_since_log(self) -> dict[str, Any]:
+        return {"means": self.train_means.state(), "throughput": self.throughput.state()}
+
+    def restore_sums(self, sums: dict[str, Any]) -> None:
+        self.train_means.restore(sums["means"], self.args.device)
+        self.throughput.restore(sums["throughput"])
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write README.md: method, paper, settings, data, held-out figures. `push_to_hub` calls this too."""
+        if not self.is_world_process_zero():
+            return
+        evaluations = [record for record in self.state.log_history if "eval_loss" in record]
+        held_out = {key.removeprefix("eval_"): value for key, value in evaluations[-1].items()} if evaluations else {}
+        settings = {
+            "SFT weight": self.args.sft_weight,
+            "learning rate": self.args.learning_rate,
+            "pairs per step": self.get_total_train_batch_size(self.args),
+            "steps": self.state.global_step,
+            "max_length / max_prompt_length": f"{self.args.length_limit} / {self.args.prompt_limit}",
+            "preprocessing": self.args.preprocessing,
+            "seed": self.args.seed,
+            **({"chat template settings": f"`{self.template_settings}`"} if self.template_settings else {}),
+        }
+        name = (self.args.hub_model_id or self.args.run_name or Path(self.args.output_dir).name).split("/")[-1]
+        about = {"base_model": self.base_model_name, "datasets": self.dataset_names, "settings": settings, "held_out": held_out}
+        Path(self.args.output_dir, "README.md").write_text(pair_card(self.objective, name=name, **about), encoding="utf-8")
+
+    # ---- Published names, for code that calls them ----
+
+    def tokenize_row(self, feature: dict[str, str], model: PreTrainedModel | None = None) -> dict[str, list[int]]:
+        """One text row in the published columns: {prompt, chosen, rejected}_input_ids and _attention_mask, and _labels."""
+        batch = {column: [feature[column]] for column in TEXT_COLUMNS}
+        tokens = tokenize_pairs(batch, [0], self.processing_class, self.args.length_rules)
+        row: dict[str, list[int]] = {}
+        for side in SIDES:
+            ids, prompt = tokens[f"{side}_input_ids"][0], tokens[f"{side}_prompt_length"][0]
+            row[f"{side}_input_ids"], row[f"{side}_attention_mask"] = ids, [1] * len(ids)
+            row[f"{side}_labels"] = [self.args.label_pad_token_id] * prompt + ids[prompt:]
+        prompt = row["chosen_input_ids"][: tokens["chosen_prompt_length"][0]]
+        return {**row, "prompt_input_ids": prompt, "prompt_attention_mask": [1] * len(prompt)}
+
+    @staticmethod
+    def get_batch_logps(
+        logits: Tensor, labels: Tensor, average_log_prob: bool = True, label_pad_token_id: int = -100
+    ) -> Tensor:
+        """(R,) log-probabilities of the labelled tokens, mean or sum, from (R, T, V) logits and (R, T) unshifted labels."""
+        targets = labels[:, 1:].masked_fill(labels[:, 1:] == label_pad_token_id, -100)
+        logps = logits[:, :-1].float().log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None]).squeeze(-1)
+        sums, tokens = response_sums(logps, targets != -100)
+        return sums / tokens if average_log_prob else sums
+
+
+def trainable_share(model: nn.Module) -> float:
+    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]  # ds_numel under ZeRO-3
+    return sum(size for size, trained in sizes if trained) / sum(size for size, _ in sizes)
+
+
+def packs(model: PreTrainedModel, pair_layout: str, device: torch.device) -> bool:
+    """Whether batches are packed; prepares the model for them. Raises UserError if that is asked for and impossible."""
+    if pair_layout == "padded":
+        return False
+    reason = why_not(model)
+    if reason is None:
+        implementation, keeps_eager = model.config.get_text_config()._attn_implementation, pair_layout == "packed"
+        use_shared_prompts(model, keeps_eager=keeps_eager)
+        kernel = describe_kernel(implementation, device, keeps_eager=keeps_eager)
+        logger.info("Packed batches, each prompt computed once; attention: %s.", kernel)
+        return True
+    if pair_layout == "packed":
+        raise UserError(f"pair_layout = packed: not possible with this model, because {reason}; use auto or padded")
+    logger.info("Padded batches, each prompt computed twice: %s.", reason)
+    return False
