@@ -51,6 +51,7 @@ ORDER = {
         "scores",
         "configs",
         "collate",
+        "fidelity",
         "metrics",
         "throughput",
         "division",
