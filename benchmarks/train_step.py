@@ -3,8 +3,8 @@
     python benchmarks/train_step.py [--data PAIRS.jsonl --tokenizer FOLDER --vocab N] [--layers N ...] [--device cuda]
 
 A step is the forward and backward of all pairs, in micro-batches, collation included. All contenders share one set of random
-weights, get the same pairs, must report the same loss, and take turns; what is printed are medians over repeats, with the
-smallest and the largest. Seconds are those of all cores together on a CPU, and the device's on a GPU. A contender may be
+weights, get the same pairs, must report the same loss, and on a CPU take turns; what is printed are medians over repeats, with
+the smallest and the largest. Seconds are those of all cores together on a CPU, and the device's on a GPU. A contender may be
 given micro-batches of its own: `published@8` has 8 pairs in each, `packed@16384t` 16,384 tokens.
 """
 
@@ -39,17 +39,17 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.utils import get_peak_flops
 
-from alignment.data.tokenization import LengthRules, tokenize_pairs
+from alignment.data.tokenization import SIDES, LengthRules, tokenize_pairs
 from alignment.model.layers import recompute_first
 from alignment.preference.collate import PackedCollator, PaddedCollator, Row, divided, on_device, token_counts
 from alignment.preference.throughput import dense_flops
+from alignment.preference.trainer import PairTrainer
 from alignment.run.guards import peak_memory_gb
 from benchmarks.tokenization import load_tokenizer, machine, ratio, rendered_pairs
-from scripts.simpo_config import SimPOConfig
-from scripts.simpo_trainer import SimPOTrainer
 from tests import builders, reference
+from tests.methods import METHODS
 
-BETA, GAMMA_BETA_RATIO = 2.5, 0.55
+BETAS, GAMMA_BETA_RATIO = {"simpo": 2.5, "dpo": 0.1, "orpo": 0.1}, 0.55
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}  # relative, of the mean loss; bf16 logits have 8 bits
 WIDTHS = (20, 30, 20, 14, 24, 24, 12, 8)
 Loss = Callable[[list[Row]], Tensor]  # a micro-batch -> its mean loss, with its graph
@@ -62,12 +62,19 @@ class Setup(NamedTuple):
     tokenizer: PreTrainedTokenizerBase
     device: torch.device
     folder: str
+    method: str
+    rows: list[Row]  # a reference is scored for
     recompute_layers: int | None  # of this suite's contenders, like what follows
     fused_layers: bool
 
     @property
     def trainer_settings(self) -> dict[str, Any]:
-        return {"output_dir": self.folder, "use_cpu": self.device.type == "cpu", "report_to": "none", "beta": BETA}
+        return {
+            "output_dir": self.folder,
+            "use_cpu": self.device.type == "cpu",
+            "report_to": "none",
+            "beta": BETAS[self.method],
+        }
 
 
 # ---- Contenders ----
@@ -76,33 +83,32 @@ class Setup(NamedTuple):
 def published(setup: Setup) -> Loss:
     def loss(rows: list[Row]) -> Tensor:
         with setup.device:
-            return reference.simpo_step_loss(setup.model, rows, beta=BETA, gamma_beta_ratio=GAMMA_BETA_RATIO)
+            return reference.simpo_step_loss(setup.model, rows, beta=BETAS["simpo"], gamma_beta_ratio=GAMMA_BETA_RATIO)
 
     return loss
 
 
 def trl(setup: Setup) -> Loss:
+    """TRL's trainer of the method; DPO's reference is precomputed, by the policy as it is."""
+    from trl import DPOConfig, DPOTrainer
     from trl.experimental.cpo import CPOConfig, CPOTrainer
+    from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
-    args = CPOConfig(
-        loss_type="simpo",
-        cpo_alpha=0.0,
-        simpo_gamma=GAMMA_BETA_RATIO * BETA,
-        bf16=False,  # the dtype is the weights' own
-        gradient_checkpointing=False,  # it is on already, if it shall be
-        max_length=None,
+    plain = {
+        "bf16": False,  # the dtype is the weights' own
+        "gradient_checkpointing": False,  # it is on already, if it shall be
+        "max_length": None,
         **setup.trainer_settings,
-    )
+    }
     unused = Dataset.from_list([{"prompt": "one", "chosen": " two", "rejected": " three"}])
-    trainer = CPOTrainer(setup.model, args, train_dataset=unused, processing_class=setup.tokenizer)
-
-    def columns(row: Row) -> dict[str, list[int]]:
-        sides: dict[str, list[int]] = {}
-        for side in ("chosen", "rejected"):
-            ids, prompt = row[f"{side}_input_ids"], row[f"{side}_prompt_length"]
-            labels = [-100] * prompt + ids[prompt:]
-            sides |= {f"{side}_input_ids": ids, f"{side}_attention_mask": [1] * len(ids), f"{side}_labels": labels}
-        return sides
+    config, kind = {
+        "simpo": (lambda: CPOConfig(loss_type="simpo", cpo_alpha=0.0, simpo_gamma=GAMMA_BETA_RATIO * BETAS["simpo"], **plain),
+                  CPOTrainer),
+        "dpo": (lambda: DPOConfig(precompute_ref_log_probs=True, **plain), DPOTrainer),
+        "orpo": (lambda: ORPOConfig(**plain), ORPOTrainer),
+    }[setup.method]  # fmt: skip
+    trainer = kind(setup.model, args=config(), train_dataset=unused, processing_class=setup.tokenizer)
+    columns = trl_dpo_columns(setup) if setup.method == "dpo" else trl_columns
 
     def loss(rows: list[Row]) -> Tensor:
         batch = send_to_device(trainer.data_collator([columns(row) for row in rows]), setup.device)
@@ -111,11 +117,37 @@ def trl(setup: Setup) -> Loss:
     return loss
 
 
+def trl_columns(row: Row) -> dict[str, list[int]]:
+    sides: dict[str, list[int]] = {}
+    for side in SIDES:
+        ids, prompt = row[f"{side}_input_ids"], row[f"{side}_prompt_length"]
+        labels = [-100] * prompt + ids[prompt:]
+        sides |= {f"{side}_input_ids": ids, f"{side}_attention_mask": [1] * len(ids), f"{side}_labels": labels}
+    return sides
+
+
+def trl_dpo_columns(setup: Setup) -> Callable[[Row], dict[str, Any]]:
+    scores = ours_trainer(setup._replace(model=twin(setup.model, checkpointing=False)), "padded").score(
+        Dataset.from_list(setup.rows), "TRL's reference"
+    )
+    logps = {int(index): number for number, index in enumerate(scores["index"])}
+
+    def columns(row: Row) -> dict[str, Any]:
+        responses = {f"{side}_ids": row[f"{side}_input_ids"][row[f"{side}_prompt_length"] :] for side in SIDES}
+        number = logps[row["index"]]
+        reference_logps = {f"ref_{side}_logps": scores[f"{side}_logp"][number].item() for side in SIDES}
+        return {"prompt_ids": row["chosen_input_ids"][: row["chosen_prompt_length"]], **responses, **reference_logps}
+
+    return columns
+
+
 def liger(setup: Setup) -> Loss:
     from liger_kernel.chunked_loss import LigerFusedLinearSimPOLoss
 
     compiled = setup.device.type == "cuda"
-    fused = LigerFusedLinearSimPOLoss(beta=BETA, gamma=GAMMA_BETA_RATIO * BETA, compute_nll_loss=False, compiled=compiled)
+    fused = LigerFusedLinearSimPOLoss(
+        beta=BETAS["simpo"], gamma=GAMMA_BETA_RATIO * BETAS["simpo"], compute_nll_loss=False, compiled=compiled
+    )
     collate = PaddedCollator(setup.tokenizer.pad_token_id)
 
     def loss(rows: list[Row]) -> Tensor:
@@ -127,15 +159,7 @@ def liger(setup: Setup) -> Loss:
 
 
 def ours(setup: Setup, layout: str) -> Loss:
-    args = SimPOConfig(
-        pair_layout=layout,
-        gamma_beta_ratio=GAMMA_BETA_RATIO,
-        max_length=1024,
-        max_prompt_length=512,
-        use_liger_kernel=setup.fused_layers,
-        **setup.trainer_settings,
-    )
-    trainer = SimPOTrainer(setup.model, args, processing_class=setup.tokenizer)
+    trainer = ours_trainer(setup, layout)
     if setup.recompute_layers is not None:
         recompute_first(setup.model, setup.recompute_layers)
 
@@ -143,6 +167,29 @@ def ours(setup: Setup, layout: str) -> Loss:
         return trainer.compute_loss(trainer.model, on_device(trainer.data_collator(rows), setup.device))
 
     return loss
+
+
+def ours_trainer(setup: Setup, layout: str) -> PairTrainer:
+    method = METHODS[setup.method]
+    own = {"simpo": {"gamma_beta_ratio": GAMMA_BETA_RATIO}}.get(setup.method, {})
+    args = method.config(
+        pair_layout=layout,
+        max_length=1024,
+        max_prompt_length=512,
+        use_liger_kernel=setup.fused_layers,
+        max_tokens_per_micro_batch=None,
+        disable_tqdm=True,
+        **own,
+        **setup.trainer_settings,
+    )
+    return method.trainer(setup.model, args, processing_class=setup.tokenizer)
+
+
+def reference_share(setup: Setup, epoch: float) -> float:
+    """What scoring the reference of all pairs costs, as a share of an epoch's forward and backward, of `epoch` seconds."""
+    trainer, rows = ours_trainer(setup, "packed"), Dataset.from_list(setup.rows)
+    passed, _ = timed(setup.device, lambda: trainer.score(rows, "the reference"))
+    return passed / epoch
 
 
 CONTENDERS: dict[str, Callable[[Setup], Loss]] = {
@@ -170,7 +217,9 @@ def enter(
     own = twin(model, checkpointing=args.gradient_checkpointing)
     file = sys.modules[type(model).__module__]
     before = getattr(file, "apply_rotary_pos_emb", None)
-    setup = Setup(own, tokenizer, torch.device(args.device), folder, args.recompute_layers, args.fused_layers)
+    setup = Setup(
+        own, tokenizer, torch.device(args.device), folder, args.method, rows, args.recompute_layers, args.fused_layers
+    )
     loss = CONTENDERS[kind](setup)
     rotary = getattr(file, "apply_rotary_pos_emb", None)
     if before is not None:
@@ -284,26 +333,42 @@ def take_turns(
 
     Raises AssertionError if a contender's mean loss is not the first one's.
     """
-    device = torch.device(args.device)
     seconds: dict[str, list[float]] = {contender.name: [] for contender in contenders}
+    means: dict[str, list[float]] = {contender.name: [] for contender in contenders}
     peaks: dict[str, float] = {}
-    for contender in contenders:
-        warm_up = {len(contender.micro_batches) - 1: contender.micro_batches[-1], 0: largest_micro_batch(contender)}
-        train(model, contender, list(warm_up.values()))
-    for repeat in range(args.repeats):
-        means = []
+    if args.device == "cuda":
+        # One after the other: what one has freed does not suit the next, and the device is slow to give memory.
         for contender in contenders:
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats()
-            passed, mean = timed(device, partial(train, model, contender))
-            seconds[contender.name].append(passed)
-            means.append(mean.item())
-            if device.type == "cuda":
-                peaks[contender.name] = peak_memory_gb(device)
-        equal = all(math.isclose(mean, means[0], rel_tol=TOLERANCE[args.dtype]) for mean in means)
-        assert equal, f"losses differ in repeat {repeat}: {dict(zip(seconds, means, strict=True))}"
+            torch.cuda.empty_cache()
+            warm_up(model, contender)
+            torch.cuda.reset_peak_memory_stats()
+            for _ in range(args.repeats):
+                measure(model, contender, seconds, means)
+            peaks[contender.name] = peak_memory_gb(model.device)
+    else:
+        for contender in contenders:
+            warm_up(model, contender)
+        for _ in range(args.repeats):
+            for contender in contenders:
+                measure(model, contender, seconds, means)
+    expected = next(iter(means.values()))[0]
+    equal = all(math.isclose(mean, expected, rel_tol=TOLERANCE[args.dtype]) for own in means.values() for mean in own)
+    assert equal, f"losses differ: {means}"
     return seconds, peaks
+
+
+def warm_up(model: PreTrainedModel, contender: Contender) -> None:
+    """Compile what is compiled, and get the memory that the largest micro-batch asks for."""
+    for rows in {len(contender.micro_batches) - 1: contender.micro_batches[-1], 0: largest_micro_batch(contender)}.values():
+        train(model, contender, [rows, rows])
+
+
+def measure(
+    model: PreTrainedModel, contender: Contender, seconds: dict[str, list[float]], means: dict[str, list[float]]
+) -> None:
+    passed, mean = timed(model.device, partial(train, model, contender))
+    seconds[contender.name].append(passed)
+    means[contender.name].append(mean.item())
 
 
 def largest_micro_batch(contender: Contender) -> list[Row]:
@@ -367,6 +432,11 @@ def main() -> None:
             print(json.dumps(peak_memory_gb(model.device)))
             return
         seconds, measured = take_turns(model, contenders, args)
+        if args.method == "dpo" and "packed" in seconds:
+            own = twin(model, checkpointing=False)
+            setup = Setup(own, tokenizer, model.device, folder, args.method, rows, None, args.fused_layers)
+            share = reference_share(setup, statistics.median(seconds["packed"]))
+            print(f"scoring the reference: {share:.0%} of an epoch of packed steps, the optimizer's not counted")
     report(args, model, rows, seconds, peaks | measured)
 
 
@@ -379,10 +449,10 @@ def report(
     device = torch.device(args.device)
     unit = "CPU s" if device.type == "cpu" else "GPU s"
     print(
-        f"{args.model_type}, {model.num_parameters() / 1e6:,.0f}M parameters, vocabulary {args.vocab:,}, {args.dtype}, "
-        f"attention {args.attn}, gradient checkpointing {'on' if args.gradient_checkpointing else 'off'}, layers recomputed by "
-        f"this suite: {'all' if args.recompute_layers is None else args.recompute_layers}; {args.repeats} repeats of "
-        f"{len(rows)} pairs, {pairs} a micro-batch where a name says nothing else"
+        f"{args.method}: {args.model_type}, {model.num_parameters() / 1e6:,.0f}M parameters, vocabulary {args.vocab:,}, "
+        f"{args.dtype}, attention {args.attn}, gradient checkpointing {'on' if args.gradient_checkpointing else 'off'}, layers "
+        f"recomputed by this suite: {'all' if args.recompute_layers is None else args.recompute_layers}; "
+        f"{args.repeats} repeats of {len(rows)} pairs, {pairs} a micro-batch where a name says nothing else"
     )
     prompt, response = mean_lengths(rows)
     print(
@@ -460,11 +530,14 @@ def parse_arguments() -> argparse.Namespace:
     run.add_argument("--pairs-per-micro-batch", type=int, default=2)
     run.add_argument("--micro-batches", type=int, default=2)
     run.add_argument("--repeats", type=int, default=3)
+    run.add_argument("--method", choices=METHODS, default="simpo", help="published and liger take part in simpo alone")
     run.add_argument("--contenders", nargs="+", type=contender_name, default=list(CONTENDERS), help=", ".join(CONTENDERS))
     run.add_argument("--recompute-layers", type=int, help="of this suite's contenders; default: all")
     run.add_argument("--fused-layers", action="store_true", help="Liger's kernels in the layers of this suite's contenders")
     run.add_argument("--only", type=contender_name, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.method != "simpo":
+        args.contenders = [name for name in args.contenders if name.partition("@")[0] not in ("published", "liger")]
     if "liger" in args.contenders and importlib.util.find_spec("liger_kernel") is None:
         args.contenders.remove("liger")
         if not args.only:

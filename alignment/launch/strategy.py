@@ -13,10 +13,11 @@ import torch
 import transformers.trainer
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, save_fsdp_model
-from peft import PeftModel
+from peft import PeftModel, peft_model
 from peft.tuners import tuners_utils
+from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 from torch.distributed.tensor import DTensor
@@ -80,16 +81,31 @@ def reduce_in_float32(plugin: Any) -> None:
 def keep_fsdp1_adapters() -> None:
     """Save and resume adapters under FSDP 1, where peft 0.21 loses them without a word.
 
-    It looks for them under the names that FSDP gives to modules, finds none and saves an empty file; and when a checkpoint is
-    loaded, every process but the first keeps the adapter it started with. So checkpoints hold the whole model instead.
+    It looks for them under the names that FSDP gives to modules, finds none and saves an empty file; for the names of layers
+    that are trained whole it gathers them, on the one process that saves, which waits for the others for ever; and when a
+    checkpoint is loaded, every process but the first keeps the adapter it started with. So checkpoints hold the whole model
+    instead.
     """
     wrapped_prefixes = tuners_utils._get_tuner_state_dict_key_prefixes
 
     def prefixes(model: nn.Module, adapter_name: str | None = None) -> set[str]:
         return {name.replace("_fsdp_wrapped_module.", "") for name in wrapped_prefixes(model, adapter_name)}
 
+    adapter_state = peft_model.get_peft_model_state_dict
+
+    def whole_adapter_state(model: nn.Module, state_dict: dict[str, Tensor], **options: Any) -> dict[str, Tensor]:
+        return adapter_state(model, state_dict, **options) | modules_to_save(state_dict, options["adapter_name"])
+
     tuners_utils._get_tuner_state_dict_key_prefixes = prefixes
+    peft_model.get_peft_model_state_dict = whole_adapter_state
+    ModulesToSaveWrapper.adapter_state_dict = lambda self, adapter_name, state_dict: {}
     transformers.trainer.get_fsdp_ckpt_kwargs = dict
+
+
+def modules_to_save(state_dict: dict[str, Tensor], adapter_name: str) -> dict[str, Tensor]:
+    """Of a whole model's weights those of layers that are trained whole, named as in an adapter's file."""
+    inner = f".modules_to_save.{adapter_name}."
+    return {name.replace(inner, "."): weight for name, weight in state_dict.items() if inner in name}
 
 
 class ShardingCheck(TrainerCallback):

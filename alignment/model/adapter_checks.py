@@ -16,6 +16,7 @@ from ..recipe.configs import ModelArguments
 from .adapters import EMBEDDINGS, adapter_weights, continues, own_quantisation, quantised_by
 from .loading import Adapter, find_adapter, sharding
 
+HEADS = ("lm_head", "embed_out")
 KNOWN_LAYERS = (nn.Linear, nn.Embedding, Conv1D)  # what a recipe may name
 
 
@@ -99,6 +100,22 @@ def sharding_complaints(model_args: ModelArguments, args: TrainingArguments, con
             f"use_dora = True: DoRA copies each {bits}-bit layer to read it, and ZeRO-3 loses track of the copy; use FSDP 2 "
             "(4 bits), accelerate_configs/multi_gpu.yaml, or LoRA"
         )
+
+    # Each gathers the adapter's two matrices anew for each chunk of the head, of which processes have different numbers.
+    if strategy in ("FSDP 1", "ZeRO-3") and (adapted := adapted_head(model_args, config)):
+        yield (
+            f"lora_target_modules: an adapter on {adapted} cannot be trained under {strategy}, whose processes would wait for "
+            f"one another's pieces of it; use FSDP 2, or lora_modules_to_save: [{adapted}], which trains it whole"
+        )
+
+
+def adapted_head(model_args: ModelArguments, config: PreTrainedConfig) -> str | None:
+    """The output layer, where the adapter that will be trained is on it; `all-linear` leaves it out."""
+    if not model_args.use_peft:
+        return None
+    adapter = find_adapter(model_args) if continues(model_args, config) else None
+    targets = adapter.config.target_modules if adapter is not None else model_args.lora_target_modules
+    return next((name for target in targets or () if (name := target.rsplit(".", 1)[-1]) in HEADS), None)
 
 
 def start_complaints(

@@ -280,7 +280,7 @@ def block_mask(layout: SharedPrompt, window: int | None, device: torch.device) -
     """The whole row's mask for flex_attention, in blocks."""
     tokens = sum(s.length for s in layout.segments)
     numbers = readers(layout)
-    owner, reads, position = (numbers.pin_memory() if device.type == "cuda" else numbers).to(device, non_blocking=True)
+    owner, reads, position = (numbers if device.type == "cpu" else numbers.pin_memory()).to(device, non_blocking=True)
 
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         distance = position[query] - position[key]

@@ -272,7 +272,7 @@ def token_counts(rows: list[Row], *, scores_prompt: bool = False) -> TokenCounts
 
 def on_device(batch: Batch, device: torch.device) -> Batch:
     """The batch there; on a GPU as soon as what it computes now is done, without a wait for it."""
-    if device.type != "cuda":
+    if device.type == "cpu":
         return send_to_device(batch, device)
     pinned = {key: value.pin_memory() if hasattr(value, "pin_memory") else value for key, value in batch.items()}
     return send_to_device(pinned, device, non_blocking=True)

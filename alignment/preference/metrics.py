@@ -24,7 +24,9 @@ class RunningMeans:
         """The mean of each name since the last flush, over all processes, which must all have added the same names."""
         if not self._totals:
             return {}
-        sums = [torch.stack([total, torch.as_tensor(count).to(total)]) for total, count in self._totals.values()]
+        # A count is written on the device: copied there, each would be waited for.
+        sums = [torch.stack([total, count if isinstance(count, Tensor) else torch.full_like(total, count)])
+                for total, count in self._totals.values()]  # fmt: skip
         sums = accelerator.reduce(torch.stack(sums), reduction="sum")  # (names, 2)
         means = (sums[:, 0] / sums[:, 1]).tolist()
         names = list(self._totals)

@@ -27,7 +27,7 @@ from ..model.config_files import whole_model
 from ..run.checkpoints import RECIPE_FILE, Damaged, seal, verify
 from ..run.durable import DurableTrainer, EvaluationCut
 from ..run.resuming import recipe_differences
-from .collate import Batch
+from .collate import Batch, PaddedCollator
 from .configs import PairConfig
 from .fidelity import PAIRS, evaluating, settle_scoring
 from .scores import PairScores
@@ -160,7 +160,8 @@ class ScoredFirst(DurableTrainer):
 
         Raises EvaluationCut if a process was asked to stop.
         """
-        batches = scoring_batches(rows, self.args.eval_batch_size, self.max_tokens)
+        is_padded = isinstance(self.data_collator, PaddedCollator)
+        batches = scoring_batches(rows, self.args.eval_batch_size, self.max_tokens, is_padded=is_padded)
         mine = batches[self.args.process_index :: self.args.world_size]
         model = self._wrap_model(self.model, training=False)
         found = torch.zeros(len(COLUMNS), len(rows), dtype=torch.float64, device=self.args.device)
@@ -241,19 +242,20 @@ def refuse_shared_index(rows: Dataset, name: str) -> None:
         raise UserError(f"several pairs of {name} have the index {index[count > 1][0]}: a reference is found by the index")
 
 
-def scoring_batches(rows: Dataset, size: int, budget: int | None) -> list[list[int]]:
+def scoring_batches(rows: Dataset, size: int, budget: int | None, *, is_padded: bool) -> list[list[int]]:
     """Numbers of the rows of each batch: as many as an evaluation takes, or by tokens as micro-batches, longest first."""
     if budget is None:
         return [list(range(start, min(start + size, len(rows)))) for start in range(0, len(rows), size)]
-    tokens = pair_tokens(rows)
+    tokens = 2 * np.array(rows["length"]) if is_padded else pair_tokens(rows)
     batches: list[list[int]] = []
     room = 0
     for number in (-tokens).argsort(kind="stable").tolist():
-        if tokens[number] > room:
+        taken = tokens[batches[-1][0]] if batches and is_padded else tokens[number]  # padded rows are as long as the longest
+        if taken > room:
             batches.append([])
-            room = budget
+            taken, room = tokens[number], budget
         batches[-1].append(number)
-        room -= tokens[number]
+        room -= taken
     return batches
 
 

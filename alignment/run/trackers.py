@@ -272,7 +272,7 @@ def taking_up(callback: TrainerCallback, run: str | None) -> Iterator[None]:
         yield
     finally:
         for name in own:
-            del os.environ[name]
+            os.environ.pop(name, None)  # MLflow takes its own away
 
 
 def remember(memory: Path, run: dict[str, str]) -> None:

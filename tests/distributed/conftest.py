@@ -13,7 +13,7 @@ import yaml
 
 from alignment.pipeline import run
 from tests.methods import METHODS
-from tests.workspaces import recipe_keys, save_adapter, save_workspace, write_recipe
+from tests.workspaces import recipe_keys, save_adapter, save_model, save_workspace, write_recipe
 
 ROOT = Path(__file__).parents[2]
 BETA = 2.5
@@ -44,6 +44,7 @@ def recipe(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("recipe")
     save_workspace(folder, 16, HELD_OUT, initializer_range=0.1)
     save_adapter(folder / "model", folder / "sft")
+    save_model(folder / "mixture", kind="mixtral", initializer_range=0.1)
     return write_recipe(folder, {**recipe_keys(folder), **RECIPE})
 
 

@@ -32,6 +32,7 @@ from tests.distributed.conftest import (
     records,
     scored_pairs,
 )
+from tests.distributed.worker import GPU_HEAD_CHUNK
 from tests.golden.traces import DATA, assert_follows, method_of
 
 CONFIGS = {
@@ -58,6 +59,15 @@ RUNS = {
     "qlora": [*LORA, "--load_in_4bit=true", "--bnb_4bit_quant_storage=float32"],  # the type that FSDP can shard
     "from an adapter": [*LORA, "--model_name_or_path={folder}/sft"],
 }
+# With the head of a GPU. Under sharding each of these is another module, whose parameters are gathered around its call.
+HEADS = {
+    "gpu head": ["--pair_layout=packed"],
+    "saved head": [*LORA, '--lora_modules_to_save=["lm_head"]'],
+    "adapted head": ["--use_peft=true", "--lora_r=4", '--lora_target_modules=["q_proj", "lm_head"]'],
+    "mixture": ["--model_name_or_path={folder}/mixture"],
+}
+SHARDED = ("zero3", "fsdp1", "fsdp2")
+TRAINED_HEADS = [(s, name) for s in SHARDED for name in HEADS if name != "adapted head" or s == "fsdp2"]
 METHOD_RUNS = {
     "dpo": ("dpo", ["--beta=0.3", "--pair_layout=packed"]),
     "dpo lora": ("dpo", ["--beta=0.3", *LORA]),
@@ -104,6 +114,8 @@ def jobs_of(strategy: str, recipe: Path, folder: Path) -> dict[str, dict[str, An
     if strategy == "ddp":
         jobs |= {name: job(name, *options) for name, options in INCOMPLETE.items()}
         jobs |= {f"golden {name}": golden_job(name, folder / f"golden {name}") for name in GOLDEN}
+    if strategy in SHARDED:
+        jobs |= {name: job(name, *options, gpu_head=True) for name, options in HEADS.items()}
     if strategy in LEFT_IN_SHARDS:
         sharded = {"environment": LEFT_IN_SHARDS[strategy]}
         jobs["sharded"] = job("sharded", "--pair_layout=packed", **sharded)
@@ -151,14 +163,18 @@ def leave_compiler_lock(folder: Path) -> None:
 @every_strategy
 @pytest.mark.parametrize("name", RUNS)
 def test_two_processes_match_one(name, strategy, launched, one_process):
-    one, two = one_process(*RUNS[name]), launched(strategy).folder / name
+    assert_same_run(one_process(*RUNS[name]), launched(strategy).folder / name)
+
+
+def assert_same_run(one: Path, two: Path) -> None:
+    """The same records, gradient norms among them, and the same weights."""
     for key, count in (("loss", 2), ("eval_loss", 2)):
         ours, theirs = records(one, key), records(two, key)
         assert len(ours) == len(theirs) == count
         for mine, other in zip(ours, theirs, strict=True):
             assert other[key] == pytest.approx(mine[key], rel=1e-5)
             assert comparable(other) == pytest.approx(comparable(mine), rel=1e-5, abs=2e-6)
-    weights = "adapter_model.safetensors" if "--use_peft=true" in RUNS[name] else "model.safetensors"
+    (weights,) = (path.name for path in one.glob("*model.safetensors"))
     assert_close(load_file(two / weights), load_file(one / weights), rtol=1e-5, atol=1e-6)
 
 
@@ -219,6 +235,38 @@ def test_parameters_are_float32_and_so_are_log_probabilities_where_bf16_computes
     assert bf16["logps/chosen"] == pytest.approx(float32["logps/chosen"], rel=0.01)
 
 
+# ---- The head, where it is sharded ----
+
+
+@pytest.mark.parametrize(("strategy", "name"), TRAINED_HEADS)
+def test_a_gpus_head_trains_under_sharding_as_in_one_process(strategy, name, launched, one_process):
+    assert_same_run(one_process(*HEADS[name]), launched(strategy).folder / name)
+
+
+@pytest.mark.parametrize(("strategy", "name"), TRAINED_HEADS)
+def test_processes_have_different_numbers_of_the_heads_chunks_there(strategy, name, launched):
+    scored = [facts[name]["scored"] for facts in launched(strategy).facts]
+    assert len(scored[0]) == len(scored[1])
+    assert max(abs(mine // GPU_HEAD_CHUNK - other // GPU_HEAD_CHUNK) for mine, other in zip(*scored, strict=True)) > 4
+
+
+@pytest.mark.parametrize("strategy", ["zero3", "fsdp1"])
+def test_an_adapter_on_the_head_is_refused_where_processes_would_wait_for_its_chunks(strategy, launched):
+    for facts in launched(strategy).facts:
+        assert "an adapter on lm_head cannot be trained under" in facts["adapted head"]["stopped"]
+        assert facts["adapted head"]["micro_batches"] == 0
+
+
+@pytest.mark.parametrize("strategy", ["fsdp1", "fsdp2"])
+@pytest.mark.parametrize("name", ["packed", "by tokens", "lora", "saved head"])
+def test_every_micro_batch_reduces_its_gradients_and_keeps_no_whole_one(name, strategy, launched):
+    for facts in launched(strategy).facts:
+        assert facts[name]["micro_batches"] > 2  # of two steps
+        assert facts[name]["units"] > 1
+        assert facts[name]["reductions"] == facts[name]["units"] * facts[name]["micro_batches"]
+        assert facts[name]["whole_gradients"] == 0
+
+
 # ---- The strategy that was asked for ----
 
 
@@ -271,6 +319,11 @@ def assert_scores_as_reported(folder: Path, rows: list[dict[str, Any]]) -> None:
 @every_strategy
 @pytest.mark.parametrize("name", ["packed", "padded", "lora", "from an adapter"])
 def test_the_run_ends_with_a_model_that_scores_the_held_out_pairs_as_reported(name, strategy, launched, held_out):
+    assert_scores_as_reported(launched(strategy).folder / name, held_out)
+
+
+@pytest.mark.parametrize(("strategy", "name"), [(s, name) for s, name in TRAINED_HEADS if name.endswith("ed head")])
+def test_an_adapter_with_a_head_of_its_own_is_saved_whole_under_sharding(strategy, name, launched, held_out):
     assert_scores_as_reported(launched(strategy).folder / name, held_out)
 
 

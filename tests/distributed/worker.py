@@ -9,8 +9,8 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -21,12 +21,14 @@ from safetensors.torch import load_file
 
 import alignment.model.adapters
 import alignment.preference.trainer
-from alignment.errors import TrainingStopped
+from alignment.errors import TrainingStopped, UserError
 from alignment.launch.strategy import ShardingCheck, local_size, strategy_of
+from alignment.model import head
 from alignment.pipeline import run
 from alignment.preference.trainer import PairTrainer
 from scripts.simpo_trainer import SimPOTrainer
 from tests.distributed import cpu_fsdp
+from tests.distributed.gradients import gradients_counted
 from tests.methods import METHODS
 
 
@@ -57,7 +59,7 @@ def loaded(model: torch.nn.Module, path: str) -> dict[str, Any]:
     """How many of the checkpoint's matrices this process has read, and how many numbers it holds."""
     weights = {name: tensor for name, tensor in load_file(Path(path) / "model.safetensors").items() if tensor.ndim == 2}
     parameters = dict(model.named_parameters())
-    read = [name for name, tensor in weights.items() if torch.equal(parameters[name], tensor)]
+    read = [name for name in weights.keys() & parameters.keys() if torch.equal(parameters[name], weights[name])]
     return {"read": len(read), "held": sum(local_size(p) for p in model.parameters())}
 
 
@@ -105,6 +107,23 @@ def master_dtypes(trainer: SimPOTrainer) -> list[str]:
     return sorted({str(parameter.dtype) for group in optimizer.param_groups for parameter in group["params"]})
 
 
+GPU_HEAD_CHUNK = 16  # tokens of an adapted head
+
+
+@contextmanager
+def gpu_head(facts: dict[str, Any]) -> Iterator[None]:
+    """TRL's head, as on a GPU, through its torch path; adapted heads in chunks so small that processes have unequally many."""
+    facts["scored"] = []
+    spied = observed(facts, head, "head_logps", lambda result, *_: facts["scored"].append(len(result[0])) or {})
+    with (
+        mock.patch.object(head, "has_fused_kernel", return_value=True),
+        mock.patch.object(head, "CUDA_VOCABULARY", 100),  # of 512 words
+        mock.patch.object(head, "ADAPTED_TOKENS", GPU_HEAD_CHUNK),
+        spied,
+    ):
+        yield
+
+
 def carry_out(job: dict[str, Any]) -> dict[str, Any]:
     facts: dict[str, Any] = {}
     if "rewind" in job:
@@ -112,6 +131,8 @@ def carry_out(job: dict[str, Any]) -> dict[str, Any]:
     sabotage = SABOTAGES[job.get("sabotage")]
     with (
         mock.patch.dict(os.environ, job.get("environment", {})),
+        gradients_counted(facts),
+        gpu_head(facts) if job.get("gpu_head") else nullcontext(),
         observed(facts, alignment.preference.trainer, "load_policy", loaded),
         observed(facts, alignment.model.adapters, "load_policy", loaded),
         observed(facts, PairTrainer, "concatenated_forward", lambda scores, *_: scored(scores)),
@@ -120,7 +141,7 @@ def carry_out(job: dict[str, Any]) -> dict[str, Any]:
     ):
         try:
             trainer = run(METHODS[job.get("method", "simpo")], job["argv"])
-        except TrainingStopped as error:
+        except (TrainingStopped, UserError) as error:
             return {**facts, "stopped": str(error)}
     return {
         **facts,

@@ -177,6 +177,7 @@ FSDP1 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 ZERO3 = {"ZERO3": "true"}
 Q4, Q8 = {"load_in_4bit": True}, {"load_in_8bit": True}
+ON_THE_HEAD = {"lora_target_modules": ["q_proj", "lm_head"]}
 
 
 def launched_under(launch: dict[str, str], monkeypatch) -> None:
@@ -198,6 +199,8 @@ def launched_under(launch: dict[str, str], monkeypatch) -> None:
         (FSDP1, {"use_dora": True}, "use_dora = True: DoRA needs whole weight matrices"),
         (ZERO3, {**Q4, "use_dora": True}, "use_dora = True: DoRA copies each 4-bit layer"),
         ({}, {**Q8, "use_dora": True}, "use_dora = True: reading 8-bit weights"),
+        (FSDP1, ON_THE_HEAD, "an adapter on lm_head cannot be trained under FSDP 1"),
+        (ZERO3, ON_THE_HEAD, "use FSDP 2, or lora_modules_to_save: [lm_head]"),
     ],
 )
 def test_what_a_strategy_cannot_shard_is_refused_with_the_reason(launch, settings, message, tmp_path, monkeypatch):

@@ -369,8 +369,8 @@ def ampere(monkeypatch):
 def test_sdpa_on_a_gpu_hands_varlen_attention_the_gathered_keys(window, dtype, monkeypatch):
     layout, calls = shared_prompt_layout(LENGTHS), []
 
-    def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa) -> Tensor:
-        calls.append((max_q, max_k, window_size[1], enable_gqa))
+    def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, **grouped) -> Tensor:
+        calls.append((max_q, max_k, window_size[1], grouped))
         return varlen(query, key, value, cu_seq_q, cu_seq_k, window_size[0], scale, softcap=None)
 
     monkeypatch.setattr(shared_prompt, "varlen_attn", varlen_attn)
@@ -378,7 +378,7 @@ def test_sdpa_on_a_gpu_hands_varlen_attention_the_gathered_keys(window, dtype, m
     output = sdpa(*(x.as_subclass(SaysCuda) for x in heads), ask_of(layout, window)).as_subclass(Tensor)
     expected = masked_attention(*(x[0] for x in heads), dense_mask(LENGTHS, window), 0.3, None)[None]
     torch.testing.assert_close(output, expected, rtol=0, atol=0)
-    assert calls == [(layout.max_queries, layout.max_keys, 0, True)]
+    assert calls == [(layout.max_queries, layout.max_keys, 0, shared_prompt.GROUPED)]
 
 
 @pytest.fixture

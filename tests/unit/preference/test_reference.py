@@ -93,12 +93,15 @@ def test_an_adapters_reference_is_the_policy_as_it_was_given(build, kind):
         assert not torch.allclose(scored, base.detach(), rtol=1e-3)
 
 
-def test_batches_by_tokens_hold_every_pair_once_within_the_budget(build):
-    rows = Dataset.from_list(ROWS)
-    batches = scoring_batches(rows, build(max_tokens_per_micro_batch=40).args)
+@pytest.mark.parametrize("is_padded", [False, True])
+def test_batches_by_tokens_hold_every_pair_once_within_the_budget(is_padded):
+    """A padded batch is twice its pairs times the longest row; a packed one the sum of its pairs."""
+    batches = scoring_batches(Dataset.from_list(ROWS), 3, 60, is_padded=is_padded)
     assert sorted(number for batch in batches for number in batch) == list(range(len(ROWS)))
-    tokens = [sum(row[key] for key in ("chosen_prompt_length", "chosen_length", "rejected_length")) for row in ROWS]
-    assert max(sum(tokens[number] for number in batch) for batch in batches) <= 40
+    packed = [sum(row[key] for key in ("chosen_prompt_length", "chosen_length", "rejected_length")) for row in ROWS]
+    for batch in batches:
+        tokens = 2 * len(batch) * max(ROWS[n]["length"] for n in batch) if is_padded else sum(packed[n] for n in batch)
+        assert tokens <= 60
     assert len(batches) < len(ROWS)
 
 

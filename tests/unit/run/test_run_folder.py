@@ -267,9 +267,7 @@ def advice(output_dir: Path, **values) -> list[str]:
     return [problem.advice for problem in problems if problem.key == "output_dir"]
 
 
-@pytest.mark.parametrize(
-    "name", ["README.md", "config.json", "model-00001-of-00002.safetensors", "tokenizer.json", "metrics.jsonl"]
-)
+@pytest.mark.parametrize("name", ["README.md", "config.json", "model-1-of-2.safetensors", "tokenizer.json", "metrics.jsonl"])
 def test_a_folder_with_a_file_that_a_run_would_write_over_is_refused(name, tmp_path):
     (tmp_path / name).touch()
     (line,) = advice(tmp_path)
@@ -286,6 +284,7 @@ def test_a_run_s_own_folder_and_an_empty_or_missing_one_are_taken(tmp_path):
     assert advice(tmp_path) == []
     assert advice(tmp_path / "a" / "b") == []
     with only_writer(tmp_path):
+        write_status(tmp_path, "training")
         (tmp_path / "README.md").touch()
     assert advice(tmp_path) == []
 
