@@ -5,28 +5,29 @@ import logging
 import os
 import sys
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, TypeVar
+from typing import Any
 
 import datasets
 import huggingface_hub.constants
 import transformers
 import yaml
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerState, TrainingArguments, set_seed
 
 from .data.splits import DataKind, fingerprint, ready_tokenizer, tokenized_splits
 from .errors import Problem, TrainingStopped, UserError
 from .launch.launch import check_launch, outwait_compilers
-from .launch.strategy import layout, save_whole_model, take_strategy
+from .launch.strategy import layout, take_strategy
+from .launch.turns import decided_by_main
+from .leaving import before_rounding, describe_files, save, settle_end
 from .model.adapter_checks import check_adapters
 from .model.adapters import base_identity, settle_adapter, start_identity, starting_point
 from .model.loading import check_attention, check_model_path, model_init_kwargs
@@ -53,7 +54,6 @@ from .run.signals import RunInterrupted, StopSignals
 from .run.trackers import close_trackers, tracker_problems, watch_trackers, without_disabled
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -152,7 +152,7 @@ def carry_out(method: Method, run_: Run, stop: StopSignals) -> DurableTrainer | 
             enter(trainer, "training")
             train(trainer, checkpoint)
             enter(trainer, "ending")
-            save(trainer)
+            save(trainer, run_)
             if args.do_eval:
                 enter(trainer, "ending")
                 evaluate(trainer, run_)
@@ -214,11 +214,6 @@ def end_again(run_: Run, data: str, stop: StopSignals) -> None:
     logger.info(
         "%s: this run is finished; nothing is left to do (--resume_from_checkpoint=never starts it afresh).", run_.output_dir
     )
-
-
-def decided_by_main(decide: Callable[[], T]) -> T:
-    """What the main process decides, on all of them; an error on it ends the others through the launcher."""
-    return broadcast_object_list([decide() if PartialState().is_main_process else None])[0]
 
 
 def refuse_restart_of_a_stop(output_dir: Path, restarts: int) -> None:
@@ -339,6 +334,7 @@ def build_trainer(method: Method, run_: Run, tokenizer: PreTrainedTokenizerBase,
     trainer.dataset_names = list(run_.data_args.dataset_mixer)
     trainer.template_settings = run_.data_args.chat_template_kwargs
     take_strategy(trainer)
+    settle_end(trainer, run_)
     return trainer
 
 
@@ -358,24 +354,16 @@ def train(trainer: DurableTrainer, checkpoint: Checkpoint | None) -> None:
 # ---- After training ----
 
 
-def save(trainer: Trainer) -> None:
-    """Weights (safetensors) and tokenizer into output_dir, with the cache that generation wants switched on."""
-    config = trainer.accelerator.unwrap_model(trainer.model).config
-    config.use_cache = True
-    save_whole_model(trainer)
-    config.use_cache = trainer.args.use_cache
-    logger.info("Model saved to %s.", trainer.args.output_dir)
-
-
 def evaluate(trainer: Trainer, run_: Run) -> None:
     """eval_results.json, and where the trainer scores pairs, eval_pairs.jsonl with each held-out one's, before and after."""
+    unrounded = trainer.unrounded_figures = before_rounding(trainer)
     try:
         metrics = trainer.evaluate()
     except EvaluationCut:
         trainer.leave()
     metrics["eval_samples"] = len(trainer.eval_dataset)
     trainer.log_metrics("eval", metrics)
-    trainer.save_metrics("eval", metrics)
+    trainer.save_metrics("eval", metrics | ({"eval_before_rounding": unrounded} if unrounded else {}))
     if hasattr(trainer, "pair_records") and trainer.is_world_process_zero():
         write_jsonl(run_.output_dir / "eval_pairs.jsonl", trainer.pair_records())
 
@@ -391,6 +379,8 @@ def finish(trainer: Trainer, run_: Run) -> None:
     if trainer.args.push_to_hub:
         trainer.hub_model_id = repository_name(trainer.args)  # for TRL's card
     trainer.create_model_card()
+    if trainer.is_world_process_zero():
+        describe_files(trainer, run_)
 
 
 def push(run_: Run, stop: StopSignals, before: Future | None = None) -> None:

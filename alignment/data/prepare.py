@@ -167,10 +167,18 @@ def to_tokens(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, rules: Lengt
     return tokens if len(scorable) == len(tokens) else tokens.select(scorable)
 
 
-def to_sequences(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, *, num_proc: int | None) -> Dataset:
+def to_sequences(
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, *, num_proc: int | None, preprocessing: str = "published"
+) -> Dataset:
     """Texts -> token ids, for supervised training."""
     return cached_map(
-        dataset, tokenization.tokenize_texts, tokenizer, {}, num_proc=num_proc, desc="Tokenizing", with_indices=False
+        dataset,
+        tokenization.tokenize_texts,
+        tokenizer,
+        {"preprocessing": preprocessing},
+        num_proc=num_proc,
+        desc="Tokenizing",
+        with_indices=False,
     )
 
 

@@ -123,7 +123,7 @@ def tokenize_conversation_rows(
     texts = prepare.to_message_texts(rows, tokenizer, **text_settings(run_))
     usable, found = usable_rows(name, texts, tokenizer, run_)
     texts = texts if len(usable) == len(texts) else texts.select(usable)
-    tokens = prepare.to_sequences(texts, tokenizer, num_proc=run_.workers)
+    tokens = prepare.to_sequences(texts, tokenizer, num_proc=run_.workers, preprocessing=run_.training_args.preprocessing)
     return tokens, [f"tokens (median / 95 % / max): {prepare.spread(prepare.sequence_lengths(tokens))}", *found]
 
 

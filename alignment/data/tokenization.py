@@ -54,9 +54,14 @@ def prompts_agree(chosen: list[int], rejected: list[int]) -> bool:
     return different <= 1 and abs(len(chosen) - len(rejected)) <= 1
 
 
-def add_ends(part: Response, tokenizer: PreTrainedTokenizerBase, *, add_eos: bool) -> Response:
+def writes_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer itself puts its bos in front of a text, as it does when it serves one."""
+    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+
+
+def add_ends(part: Response, tokenizer: PreTrainedTokenizerBase, *, add_eos: bool, add_bos: bool = True) -> Response:
     """One bos in front of the prompt, and an eos behind the response, where the tokenizer has them and they are missing."""
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    bos, eos = tokenizer.bos_token_id if add_bos else None, tokenizer.eos_token_id
     prompt = part.prompt if bos is None or part.prompt[:1] == [bos] else [bos, *part.prompt]
     response = part.response if not add_eos or eos is None or part.response[-1:] == [eos] else [*part.response, eos]
     return Response(prompt, response)
@@ -93,6 +98,7 @@ def tokenize_pair(
     rules: LengthRules,
     *,
     add_eos: bool = False,
+    add_bos: bool = True,
 ) -> dict[str, Any]:
     """One pair, from the ids of its prompt and of prompt + response, to what is trained on.
 
@@ -104,7 +110,7 @@ def tokenize_pair(
         raise ValueError("chosen and rejected do not begin with the same prompt tokens; the tokenizer merges across turns")
     # `exact` leaves the template's own end of turn as it is, where generation stops there.
     add_eos = add_eos or rules.preprocessing == "published"
-    whole = [add_ends(part, tokenizer, add_eos=add_eos) for part in parts]
+    whole = [add_ends(part, tokenizer, add_eos=add_eos, add_bos=add_bos) for part in parts]
     longer = max(len(part.response) for part in whole)
     if rules.preprocessing == "published":
         cut = [truncate_published(part, longer, rules) for part in whole]
@@ -156,25 +162,30 @@ def tokenize_pairs(
     UserError naming the row that cannot be tokenized.
     """
     columns = encode_pairs(tokenizer, *(batch[column] for column in ("prompt", *SIDES)))
+    # `exact` adds no bos that nothing would write in front of a prompt that is served.
+    add_bos = rules.preprocessing == "published" or writes_bos(tokenizer)
     places = batch.get("place") or [f"row {index}" for index in indices]
     add_eos = batch.get("add_eos") or [False] * len(indices)
     rows = []
     for index, place, ends_so, *ids in zip(indices, places, add_eos, *columns, strict=True):
         try:
-            rows.append({**tokenize_pair(*ids, tokenizer, rules, add_eos=ends_so), "index": index})
+            rows.append({**tokenize_pair(*ids, tokenizer, rules, add_eos=ends_so, add_bos=add_bos), "index": index})
         except ValueError as error:
             raise UserError(f"{place}: {error}") from error
     return {key: [row[key] for row in rows] for key in rows[0]}
 
 
-def tokenize_texts(batch: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[list[int]]]:
+def tokenize_texts(
+    batch: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase, preprocessing: str = "published"
+) -> dict[str, list[list[int]]]:
     """A batch of whole conversations (column text) as token ids, each with one bos where the tokenizer has it.
 
-    Rows that say so (column add_eos) are given an eos.
+    `exact`: where the text or the tokenizer writes one. Rows that say so (column add_eos) are given an eos.
     """
+    add_bos = preprocessing == "published" or writes_bos(tokenizer)
     add_eos = batch.get("add_eos") or [False] * len(batch["text"])
     rows = [
-        add_ends(Response(ids, []), tokenizer, add_eos=ends_so)
+        add_ends(Response(ids, []), tokenizer, add_eos=ends_so, add_bos=add_bos)
         for ids, ends_so in zip(encode_texts(tokenizer, batch["text"]), add_eos, strict=True)
     ]
     return {"input_ids": [row.prompt + row.response for row in rows]}

@@ -214,8 +214,7 @@ def write_shards(trainer: Trainer, folder: Path) -> list[Any]:
     """The model's parts, and beside `folder` what a model needs besides. Returns the command that puts them together."""
     accelerator, output_dir = trainer.accelerator, folder.parent
     if trainer.is_world_process_zero():
-        accelerator.unwrap_model(trainer.model).config.save_pretrained(output_dir)
-        trainer.processing_class.save_pretrained(output_dir)
+        trainer.save_beside(output_dir)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         trainer.deepspeed.save_checkpoint(str(folder))
         return [sys.executable, folder / "zero_to_fp32.py", folder, output_dir, "--safe_serialization"]

@@ -1,13 +1,22 @@
 """Work that one process does while the others wait for it."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+def decided_by_main(decide: Callable[[], T]) -> T:
+    """What the main process decides, on all of them; an error on it ends the others through the launcher."""
+    return broadcast_object_list([decide() if PartialState().is_main_process else None])[0]
 
 
 @contextmanager

@@ -25,12 +25,25 @@ from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, c
 from ..errors import UserError
 from ..launch.turns import one_process_at_a_time
 from ..recipe.configs import ModelArguments
-from .loading import Adapter, Source, check_model_path, find_adapter, first_line, load_policy, parameter_dtype, pinned
+from .companions import copy_companions, files_of
+from .config_files import config_as_came, weights_alone, write_configs
+from .endings import stop_at
+from .loading import (
+    MERGED_BASE,
+    MERGED_FROM,
+    Adapter,
+    Source,
+    check_model_path,
+    find_adapter,
+    first_line,
+    load_policy,
+    parameter_dtype,
+    pinned,
+)
+from .tokenizer_files import save_tokenizer
 
 logger = logging.getLogger(__name__)
 
-MERGED_BASE = "base"  # in the run folder: the model that an SFT adapter was merged into, and that a new adapter belongs to
-MERGED_FROM = "merged_from.json"
 MERGE_LOCK = "_run/merging.lock"
 SAMPLES, SAMPLE_BYTES = 64, 2**16  # of a weights file, to tell it from another
 EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "embed_out", "embed_in", "word_embeddings")
@@ -193,7 +206,15 @@ def merge(adapter: Adapter, folder: Path, model_args: ModelArguments, tokenizer:
     with whole_models():
         base = load_base(adapter, tokenizer, dtype=facts["dtype"], trust_remote_code=model_args.trust_remote_code)
         model = PeftModel.from_pretrained(base, adapter.source.name, revision=adapter.source.revision)
-        model.merge_and_unload().save_pretrained(staged)
+        came = config_as_came(base)
+        merged = model.merge_and_unload()
+        with weights_alone(merged):
+            merged.save_pretrained(staged)
+    stop_at(merged, tokenizer, taught=False)
+    write_configs(merged, staged, came)
+    save_tokenizer(tokenizer, staged)
+    if (beside := files_of(adapter.base)) is not None:
+        copy_companions(beside, staged)
     (staged / MERGED_FROM).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     staged.rename(folder)
 
@@ -246,12 +267,19 @@ def settle_adapter(trainer: Trainer, model_args: ModelArguments) -> None:
     adapter, model = find_adapter(model_args), trainer.model
     keep_4bit_layout(model)
     for config in model.peft_config.values() if isinstance(model, PeftModel) else ():
-        config.base_model_name_or_path, config.revision = trained_base(model_args, trainer.args)
+        base, config.revision = trained_base(model_args, trainer.args)
+        config.base_model_name_or_path = as_named_from_here(base)
     trainer.base_model_name = model_args.model_name_or_path  # for the card
     if adapter is not None and not model_args.use_peft:
         trainer.accelerator.wait_for_everyone()
         if trainer.is_world_process_zero():
             shutil.rmtree(merged_base_folder(trainer.args))
+
+
+def as_named_from_here(base: str) -> str:
+    """A merged base by the path that it has from where the run was started, so that a project can be moved as a whole."""
+    path = Path(base)
+    return str(path.relative_to(Path.cwd())) if path.name == MERGED_BASE and path.is_relative_to(Path.cwd()) else base
 
 
 def trained_base(model_args: ModelArguments, args: TrainingArguments) -> Source:

@@ -25,6 +25,8 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from transformers.utils import ModelOutput
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
+from ..errors import UserError
+
 # A tile of 1,024 x 2,048 float32 logits is 8 MB and stays in a processor's cache, where what follows the matrix product
 # is nearly free: a fifth less time than whole rows of 128,256 logits, a ninth less for 32,000.
 TILE_TOKENS, TILE_VOCABULARY = 1024, 2048
@@ -32,6 +34,8 @@ TILE_TOKENS, TILE_VOCABULARY = 1024, 2048
 # of 32,000 words. They are gone before the step's peak, which comes when the last gradients do.
 KEPT_BYTES = 128 * 2**20
 ADAPTED_TOKENS = 256  # a chunk of a head with an adapter on it
+# How many experts read a token, as models and configs call it.
+CHOSEN_EXPERTS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts", "num_selected_experts")
 CUDA_VOCABULARY = 32768  # of TRL's tiles, 4,096 tokens high: its own choice
 
 
@@ -62,7 +66,10 @@ def add_lm_head(model: PreTrainedModel) -> None:
         if not fused_lm_head:
             labels = {} if shift_labels is None else {"shift_labels": shift_labels}
             return plain_forward(*args, **labels, **kwargs)
-        outputs = backbone(self)(*args, **kwargs, **({"output_router_logits": True} if routed else {}))
+        router = {"output_router_logits": True} if routed else {}
+        if getattr(self, "scores_plainly", False):
+            return plain_scores(plain_forward(*args, **kwargs, **router), shift_labels)
+        outputs = backbone(self)(*args, **kwargs, **router)
         labels = shift_labels.flatten()
         if scored is None:  # (N,) where the flat labels are not -100; to look for them waits for the device
             scored = (labels != -100).nonzero().squeeze(-1)
@@ -76,6 +83,19 @@ def add_lm_head(model: PreTrainedModel) -> None:
         )
 
     model.forward = types.MethodType(forward, model)
+
+
+def plain_scores(outputs: ModelOutput, shift_labels: Tensor) -> HeadOutput:
+    """From the logits of a model whose head is more than this file knows: all of them are held, and scored in chunks."""
+    places = (shift_labels.flatten() != -100).nonzero().squeeze(-1)
+    labels = shift_labels.flatten().index_select(0, places)
+    logits = outputs.logits.flatten(0, 1).index_select(0, places)  # (N, V)
+    logps, mean_logits = adapted_logps(nn.Identity(), logits, labels, softcap=None, scale=1.0)
+    return HeadOutput(
+        log_probs=spread(logps, places, shift_labels.shape),
+        mean_logits=spread(mean_logits, places, shift_labels.shape),
+        aux_loss=outputs.get("aux_loss"),
+    )
 
 
 def backbone(model: PreTrainedModel) -> nn.Module:
@@ -118,8 +138,14 @@ def standing_in(module: nn.Module, forward: Callable[..., tuple[Tensor, Tensor]]
 def router_loss(router_logits: tuple[Tensor, ...], model: PreTrainedModel, attention_mask: Tensor | None) -> Tensor:
     """The load-balancing loss of a mixture of experts, over tokens that are not padding; a packed row has none."""
     padding_mask = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
-    # The model's own numbers, as in its plain forward: configs call them num_experts, num_local_experts or moe_num_experts.
-    return load_balancing_loss_func(router_logits, model.num_experts, model.num_experts_per_tok, padding_mask)
+    config = model.config.get_text_config()
+    owners = (
+        (owner, name) for name in CHOSEN_EXPERTS for owner in (model, config) if isinstance(getattr(owner, name, None), int)
+    )
+    owner, name = next(owners, (None, None))
+    if owner is None:
+        raise AttributeError(f"{type(model).__name__} does not say how many experts read a token")
+    return load_balancing_loss_func(router_logits, router_logits[0].shape[-1], getattr(owner, name), padding_mask)
 
 
 def logit_transform(model: PreTrainedModel) -> tuple[float | None, float]:
@@ -148,6 +174,11 @@ def head_logps(
     hidden: (N, H); labels: (N,) token ids. Returns (N,) nats with gradient and (N,) without; float32, or float64 for a
     float64 model.
     """
+    size = getattr(head, "out_features", None)
+    if hidden.device.type == "cpu" and size is not None and len(labels) and int(labels.max()) >= size:
+        raise UserError(
+            f"token id {int(labels.max())}: the head has {size} rows, and no logit for it"
+        )  # CUDA's own assert says so
     if not is_matrix(head):
         return adapted_logps(plain_forward, hidden, labels, softcap=softcap, scale=scale)
     if has_fused_kernel(hidden.device):

@@ -11,7 +11,6 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -34,7 +33,10 @@ from transformers.utils import (
 from ..errors import UserError
 from ..launch.launch import launcher_strategy, receives_weights
 from ..recipe.configs import DataArguments, ModelArguments
+from .tokenizer_files import load_as_written
 
+MERGED_BASE = "base"  # in the run folder: the model that an SFT adapter was merged into, and that a new adapter belongs to
+MERGED_FROM = "merged_from.json"
 # Files that make a folder a model, also with an adapter beside them.
 WHOLE_WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
 
@@ -70,7 +72,19 @@ def find_adapter(model_args: ModelArguments) -> Adapter | None:
     if not config.base_model_name_or_path:
         raise UserError(f"{place}: is an adapter that names no base; add base_model_name_or_path to its adapter_config.json")
     revision = model_args.base_model_revision or config.revision or "main"
-    return Adapter(source, Source(config.base_model_name_or_path, revision), config)
+    return Adapter(source, Source(base_of(Path(config_file).parent, config), revision), config)
+
+
+def base_of(folder: Path, config: PeftConfig) -> str:
+    """The model below the adapter in `folder`: the one beside it, where a run left it there and it was moved since."""
+    beside, named = folder / MERGED_BASE, config.base_model_name_or_path
+    return str(beside) if Path(named).name == MERGED_BASE and (beside / MERGED_FROM).is_file() else named
+
+
+def weights_source(model_args: ModelArguments) -> Source:
+    """Where the weights below all adapters lie."""
+    adapter = find_adapter(model_args)
+    return Source(model_args.model_name_or_path, model_args.model_revision) if adapter is None else adapter.base
 
 
 def pinned(source: Source, file: str = CONFIG_NAME) -> Source:
@@ -94,8 +108,8 @@ def load_tokenizer(model_args: ModelArguments, data_args: DataArguments) -> PreT
         own = cached_file(path, TOKENIZER_CONFIG_FILE, revision=revision, _raise_exceptions_for_missing_entries=False)
         path, revision = (path, revision) if own else adapter.base
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=model_args.trust_remote_code)
-    except (OSError, ValueError) as error:
+        tokenizer = load_as_written(path, revision, trust_remote_code=model_args.trust_remote_code)
+    except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
         raise UserError(unloadable("tokenizer", path, error)) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -112,7 +126,7 @@ def unloadable(what: str, path: str, error: Exception) -> str:
 
 
 def first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def check_attention(attn_implementation: str | None, *, use_cpu: bool) -> None:

@@ -6,8 +6,6 @@ Scored once, by the forward that trains, and kept in the run's folder and in its
 import hashlib
 import logging
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +15,7 @@ import yaml
 from datasets import Dataset
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 from transformers.trainer_utils import TrainOutput
@@ -25,12 +23,14 @@ from transformers.trainer_utils import TrainOutput
 from ..data.prepare import pair_tokens
 from ..data.splits import fingerprint
 from ..errors import UserError
+from ..model.config_files import whole_model
 from ..run.checkpoints import RECIPE_FILE, Damaged, seal, verify
 from ..run.durable import DurableTrainer, EvaluationCut
 from ..run.resuming import recipe_differences
 from ..run.run_folder import umask
 from .collate import Batch, PaddedCollator
 from .configs import PairConfig
+from .fidelity import PAIRS, evaluating, settle_scoring
 from .scores import PairScores
 
 logger = logging.getLogger(__name__)
@@ -90,11 +90,24 @@ class ScoredFirst(DurableTrainer):
 
     # ---- Before the first step ----
 
+    def settle_scoring(self) -> None:
+        args, model = self.args, self.bare_model()
+        settle_scoring(
+            self.model_wrapped,
+            whole_model(model),
+            list(self.train_dataset.select(range(min(PAIRS, len(self.train_dataset))))),
+            self.data_collator,
+            pad=self.processing_class.pad_token_id or 0,
+            half=args.bf16 or args.fp16 or model.dtype != torch.float32,
+            device=args.device,
+        )
+
     def begin(self) -> None:
         """Score, or read what was scored. On all processes, with the model as it is trained.
 
         Raises UserError if the checkpoint that is resumed lacks what the objective needs.
         """
+        self.settle_scoring()
         folder, wanted = self.step_zero_folder(), self.to_score()
         if self.state.global_step > 0:
             self.step_zero = load_step_zero(self.resumed / folder.name) if self.resumed else {}
@@ -221,19 +234,6 @@ class BeforeTheFirstStep(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         self.trainer.begin()
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Dropout off, no gradients, and the random numbers of training left where they were."""
-    was_training = model.training
-    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-    model.eval()
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        model.train(was_training)
 
 
 def refuse_shared_index(rows: Dataset, name: str) -> None:

@@ -12,6 +12,7 @@ from .ranges import trainer_problems
 
 PREPROCESSING_MODES = ("published", "exact")
 DTYPES = ("auto", "float32", "float16", "bfloat16")
+SAVE_DTYPES = DTYPES[1:]
 QUANT_STORAGE = ("uint8", "float16", "bfloat16", "float32")
 
 
@@ -262,6 +263,13 @@ class RunArguments:
     save_total_limit: int | None = field(
         default=2, metadata={"help": "Keep so many of the newest checkpoints, beside the best; null keeps all."}
     )
+    save_dtype: Literal["float32", "float16", "bfloat16"] | None = field(
+        default=None,
+        metadata={
+            "help": "Type of a whole model's saved weights; null: the checkpoint's that training began with. Adapters, and the "
+            "master weights in checkpoints, keep the type they are trained in."
+        },
+    )
     on_save_failure: Literal["continue", "stop"] = field(
         default="continue",
         metadata={"help": "What a checkpoint that cannot be written, on a full disk say, means for the run."},
@@ -336,6 +344,8 @@ class RunArguments:
         problems = [*choice_problem(self, "preprocessing", PREPROCESSING_MODES), *trainer_problems(self)]
         problems += choice_problem(self, "bad_rows", ("refuse", "drop"))
         problems += choice_problem(self, "on_save_failure", ("continue", "stop"))
+        if self.save_dtype is not None:
+            problems += choice_problem(self, "save_dtype", SAVE_DTYPES)
         if self.strategy is not None:
             problems += choice_problem(self, "strategy", STRATEGIES)
         problems += positive_problem(

@@ -5,17 +5,21 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import torch
+from datasets import Dataset
+from peft import PeftModel
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import (
     EarlyStoppingCallback,
+    PreTrainedModel,
     Trainer,
     TrainerCallback,
     TrainerControl,
@@ -27,6 +31,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, Train
 
 from ..errors import TrainingStopped
 from ..launch.strategy import WHOLE_COPY, layout
+from ..model.config_files import config_as_came, weights_alone, write_configs
+from ..model.precision import Rounded, in_dtype
+from ..model.tokenizer_files import save_tokenizer
+from ..model.vocabulary import highest_id, refuse_unknown_ids, train_every_row
 from .checkpoints import RECIPE_FILE, STAGING, Identity, numbered, prune, publish, seal, size
 from .hub import push_checkpoint
 from .resuming import AUTOMATIC, newest_whole
@@ -58,6 +66,10 @@ class DurableTrainer(Trainer):
     resumed: Path | None = None  # the checkpoint that `train` goes on from
     saved_at = 0.0  # monotonic clock
     saved_step = -1
+    saves_in: str | None = None  # the type of a whole model's weights outside checkpoints; None: as they are
+    saved_eos: str | None = None  # of the saved tokenizer, where it is another than in training
+    rounded: Rounded | None = None  # what the weights were before they were rounded to `saves_in`
+    unrounded_figures: Mapping[str, float] = MappingProxyType({})  # of an evaluation of those
     noted_at = 0.0  # in the status; monotonic clock
     sums_due: str | None = None  # the checkpoint whose sums are to be gone on with
 
@@ -65,6 +77,9 @@ class DurableTrainer(Trainer):
         self.stop = StopSignals()
         super().__init__(*args, **kwargs)
         self.is_built = True
+        self.config_as_came = config_as_came(self.model)
+        train_every_row(self.model)
+        self.refuse_unknown_ids()
         self.add_callback(StepEnds(self))
         self.take_early_stopping()
 
@@ -76,6 +91,16 @@ class DurableTrainer(Trainer):
             self.add_callback(EarlyStopping(callback.early_stopping_patience, callback.early_stopping_threshold or 0.0))
         if getattr(self.args, "early_stopping_patience", None) is not None:
             self.add_callback(EarlyStopping(self.args.early_stopping_patience, self.args.early_stopping_threshold))
+
+    def refuse_unknown_ids(self) -> None:
+        evaluated = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+        highest = -1
+        for data in (self.train_dataset, *evaluated):
+            columns = [name for name in getattr(data, "column_names", None) or () if name.endswith("input_ids")]
+            if isinstance(data, Dataset) and columns:
+                highest = max(highest, highest_id(data, columns))
+        if self.processing_class is not None:
+            refuse_unknown_ids(self.model, self.processing_class, highest)
 
     # ---- Training ----
 
@@ -209,6 +234,8 @@ class DurableTrainer(Trainer):
         On all processes.
         """
         self.is_stopping = True
+        if self.rounded is not None:
+            self.rounded.undo()
         self._save_checkpoint(self.model, trial=None)
         raise RunInterrupted(self.interruption()) from None
 
@@ -301,12 +328,34 @@ class DurableTrainer(Trainer):
             super().init_hf_repo(token, private)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        # A pickle of the arguments, hub_token among them; the recipe beside it says the same in YAML.
+        """Weights first, then what is read beside them; a pickle of the arguments, with hub_token in it, not at all."""
         folder = Path(output_dir or self.args.output_dir)
-        folder.joinpath("training_args.bin").unlink(missing_ok=True)
-        for weights in folder.glob("*.safetensors") if self.args.should_save else ():
+        if not self.args.should_save:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        model = self.bare_model()
+        if model is not self.model and state_dict is None:
+            state_dict = self.model.state_dict()
+        is_checkpoint = folder.parent == Path(self._get_output_dir(None))
+        dtype = None if is_checkpoint or isinstance(model, PeftModel) else self.saves_in
+        if dtype is not None:
+            state_dict = in_dtype(model.state_dict() if state_dict is None else state_dict, getattr(torch, dtype), model)
+        with weights_alone(model):
+            model.save_pretrained(folder, state_dict=state_dict)
+        for weights in folder.glob("*.safetensors"):
             weights.chmod(0o666 & ~umask())  # safetensors leaves 0600, whatever the user's umask lets others read
+        self.save_beside(folder, dtype)
+
+    def save_beside(self, folder: Path, dtype: str | None = None) -> None:
+        """What is read beside the weights. dtype: theirs, where it is not the model's."""
+        write_configs(self.bare_model(), folder, self.config_as_came, dtype=dtype)
+        if self.processing_class is not None:
+            save_tokenizer(self.processing_class, folder, eos_token=self.saved_eos)
+
+    def bare_model(self) -> PreTrainedModel | PeftModel:
+        """The model below what a strategy wraps around it."""
+        is_bare = isinstance(self.model, (PreTrainedModel, PeftModel))
+        return self.model if is_bare else self.accelerator.unwrap_model(self.model)
 
     def _save_rng_state(self, output_dir: str) -> None:
         """Also what has been summed up since the last log, which a resumed run goes on with."""

@@ -14,10 +14,24 @@ ROOT = Path(__file__).parents[2]
 # A wing, or a file beside the wings, imports only what stands before it here; so does a file among those of its wing.
 ORDER = {
     "errors": [],
-    "report": ["objective", "card", "curves"],
+    "report": ["objective", "card", "curves", "saved_files"],
     "launch": ["opening", "launch", "strategy", "turns"],
     "recipe": ["values", "ranges", "parser", "rehearsal", "configs"],
-    "model": ["loading", "adapters", "adapter_checks", "layers", "head", "shared_prompt"],
+    "model": [
+        "tokenizer_files",
+        "config_files",
+        "precision",
+        "vocabulary",
+        "endings",
+        "loading",
+        "companions",
+        "adapters",
+        "adapter_checks",
+        "layers",
+        "head",
+        "shared_prompt",
+        "saved",
+    ],
     "data": ["files", "sources", "rows", "mixing", "template", "chat", "tokenization", "prepare", "splits"],
     "run": [
         "output",
@@ -37,6 +51,7 @@ ORDER = {
         "scores",
         "configs",
         "collate",
+        "fidelity",
         "metrics",
         "throughput",
         "division",
@@ -49,6 +64,7 @@ ORDER = {
         "records",
         "trainer",
     ],
+    "leaving": [],
     "pipeline": [],
 }
 CODE_FOLDERS = ("alignment", "scripts", "on_policy_data_gen", "eval", "benchmarks")

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase
 
 from alignment.data import tokenization
@@ -16,6 +17,8 @@ from tests.builders import BOS, EOS, WORDS, bpe_tokenizer, text_rows
 
 TOKENIZERS = {bos: bpe_tokenizer(bos=bos) for bos in (True, False)}
 BOS_ID, EOS_ID = TOKENIZERS[True].convert_tokens_to_ids([BOS, EOS])
+# It writes its bos in front of what it serves.
+TOKENIZERS[True].backend_tokenizer.post_processor = TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, BOS_ID)])
 
 # Words cut anywhere, so that the end of one text and the beginning of the next merge into a token; and odd characters.
 FRAGMENTS = st.sampled_from([*WORDS, *(word[:2] for word in WORDS), *(word[-2:] for word in WORDS), " ", "\n", "  ", EOS])
@@ -194,6 +197,13 @@ def test_a_row_has_exactly_one_bos_whether_its_template_writes_one_or_not(prepro
     for side in SIDES:
         assert row[f"{side}_input_ids"][0] == BOS_ID
         assert row[f"{side}_input_ids"].count(BOS_ID) == 1
+
+
+@pytest.mark.parametrize(("preprocessing", "added"), [("published", 1), ("exact", 0)])
+def test_exact_adds_no_bos_that_neither_the_template_nor_the_tokenizer_writes(preprocessing, added):
+    rows = [{"prompt": "what is it?", "chosen": " this", "rejected": " that"}]
+    (row,) = tokens_of(rows, bpe_tokenizer(), rules(preprocessing, 400, 200))  # it has a bos, and writes none
+    assert [row[f"{side}_input_ids"].count(BOS_ID) for side in SIDES] == [added, added]
 
 
 # ---- Where the response begins ----
