@@ -174,7 +174,7 @@ def head_logps(
     hidden: (N, H); labels: (N,) token ids. Returns (N,) nats with gradient and (N,) without; float32, or float64 for a
     float64 model.
     """
-    size = getattr(head, "out_features", None)
+    size = len(head.weight) if is_matrix(head) else None  # out_features is wrong where PEFT has tied a copy
     if hidden.device.type == "cpu" and size is not None and len(labels) and int(labels.max()) >= size:
         raise UserError(
             f"token id {int(labels.max())}: the head has {size} rows, and no logit for it"
