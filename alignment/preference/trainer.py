@@ -12,11 +12,12 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback, TrainerCallback
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, PredictionOutput
 
 from ..data.chat import TEXT_COLUMNS
-from ..data.prepare import longest_pair, to_tokens
-from ..data.tokenization import SIDES, TOKEN_COLUMNS, tokenize_pairs
+from ..data.handed import pair_tokens
+from ..data.prepare import longest_pair
+from ..data.tokenization import SIDES, tokenize_pairs
 from ..errors import UserError
 from ..model.adapters import add_adapter
 from ..model.head import add_lm_head
@@ -36,6 +37,12 @@ from .throughput import Throughput, dense_flops
 
 logger = logging.getLogger(__name__)
 
+# Arguments of the HF Trainer that mean nothing here.
+UNUSED = {
+    "model_init": "the model is loaded once, from `model`; make a trainer for each trial",
+    "compute_loss_func": "an objective is a method of its own: override pair_losses (docs/add-an-objective.md)",
+    "preprocess_logits_for_metrics": "logits of whole vocabularies never exist here; compute_metrics gets rewards",
+}
 FORWARD_COLUMNS = ("input_ids", "attention_mask", "position_ids", "shift_labels", "scored", "shared_prompt")
 
 
@@ -43,8 +50,10 @@ class PairTrainer(DividedSteps, ScoredFirst):
     """Trains a causal language model on preference pairs; a subclass says what their losses are, in `pair_losses`.
 
     model: a path or Hub name, loaded with args.model_init_kwargs, or a model.
-    train_dataset, eval_dataset: rows of text (columns prompt, chosen, rejected) or of token ids (see
-    `alignment.data.tokenization.TOKEN_COLUMNS`, with index); eval_dataset may be a dict of several.
+    train_dataset, eval_dataset: rows of conversations, text or token ids (see `alignment.data.handed.pair_tokens`);
+    eval_dataset may be a dict of several. `evaluate` and `predict` take the same.
+    compute_metrics: gets each held-out pair's rewards, (N, 2), chosen and rejected, as predictions, and (N,) zeros, the column
+    that is to be the higher, as label_ids; what it returns is logged with the other metrics.
     processing_class: the tokenizer.
     peft_config: adds an adapter, and trains only that.
 
@@ -67,6 +76,11 @@ class PairTrainer(DividedSteps, ScoredFirst):
     ):
         if processing_class is None:
             raise UserError(f"processing_class = None: {type(self).__name__} needs the tokenizer")
+        if model is None:
+            raise UserError(f"model = None: {type(self).__name__} needs a path, a name on the Hub or a model, also with model_init")
+        for key, advice in UNUSED.items():
+            if kwargs.get(key) is not None:
+                raise UserError(f"{key}: {advice}")
         self.base_model_name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", None)
         self.dataset_names: list[str] = []  # for the model card
         self.template_settings: dict[str, Any] | None = None  # the recipe's chat_template_kwargs, for the card too
@@ -75,7 +89,8 @@ class PairTrainer(DividedSteps, ScoredFirst):
 
         if args.max_length is None or args.max_prompt_length is None:
             logger.warning("max_length is %d and max_prompt_length %d tokens.", args.length_limit, args.prompt_limit)
-        train_dataset, eval_dataset = (self.tokenized(data, processing_class, args) for data in (train_dataset, eval_dataset))
+        train_dataset = self.tokenized("train_dataset", train_dataset, processing_class, args)
+        eval_dataset = self.tokenized("eval_dataset", eval_dataset, processing_class, args)
         if train_dataset is not None:
             args.refuse_zero_steps(len(train_dataset))
         if isinstance(model, str):
@@ -95,7 +110,7 @@ class PairTrainer(DividedSteps, ScoredFirst):
         super().__init__(
             model=model,
             args=args,
-            data_collator=kwargs.pop("data_collator", collator),
+            data_collator=kwargs.pop("data_collator", None) or collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -109,20 +124,14 @@ class PairTrainer(DividedSteps, ScoredFirst):
             self.model.add_model_tags(["trl", self.objective.tag])
 
     def tokenized(
-        self, data: Dataset | dict[str, Dataset] | None, tokenizer: PreTrainedTokenizerBase, args: PairConfig
+        self, name: str, data: Dataset | dict[str, Dataset] | None, tokenizer: PreTrainedTokenizerBase, args: PairConfig
     ) -> Dataset | dict[str, Dataset] | None:
-        """Token ids of a data set, of each of several, or of none; what is tokenized already is left as it is."""
-        if data is None or isinstance(data, dict):
-            return data and {name: self.tokenized(split, tokenizer, args) for name, split in data.items()}
-        columns = set(data.column_names)
-        if columns >= {*TOKEN_COLUMNS, "index"}:
-            return data
-        if not columns >= set(TEXT_COLUMNS):
-            raise UserError(
-                f"columns {sorted(columns)}: {type(self).__name__} needs text in {', '.join(TEXT_COLUMNS)}, or token ids in "
-                f"{', '.join((*TOKEN_COLUMNS, 'index'))}"
-            )
-        return to_tokens(data, tokenizer, args.length_rules, num_proc=args.dataset_num_proc)
+        """Token ids of a data set, or of each of several held-out ones."""
+        if data is None:
+            return None
+        if isinstance(data, dict) and name == "eval_dataset":
+            return {key: pair_tokens(f"{name}[{key!r}]", rows, tokenizer, args) for key, rows in data.items()}
+        return pair_tokens(name, data, tokenizer, args)
 
     # ---- The objective ----
 
@@ -235,6 +244,15 @@ class PairTrainer(DividedSteps, ScoredFirst):
 
     # ---- Evaluation: per pair, so that every held-out row counts once on any number of processes ----
 
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        if not isinstance(eval_dataset, str):  # the name of one of several
+            eval_dataset = self.tokenized("eval_dataset", eval_dataset, self.processing_class, self.args)
+        return super().evaluate(eval_dataset, *args, **kwargs)
+
+    def predict(self, test_dataset: Any, *args: Any, **kwargs: Any) -> PredictionOutput:
+        """The HF Trainer's, of pairs: predictions are (N, 2) rewards, label_ids (N,) zeros, see compute_metrics."""
+        return super().predict(pair_tokens("test_dataset", test_dataset, self.processing_class, self.args), *args, **kwargs)
+
     def prediction_step(
         self,
         model: nn.Module,
@@ -274,6 +292,11 @@ class PairTrainer(DividedSteps, ScoredFirst):
         if metric_key_prefix == next(iter(self.held_out_sets()), None):
             output.metrics.update(self.probe_metrics(self.num_examples(dataloader)))
         self.eval_pairs[metric_key_prefix] = pair_columns(self.state.global_step, rows, about["index"], scores, outcome)
+        rewards = torch.stack([outcome.chosen_rewards, outcome.rejected_rewards], dim=1).cpu().numpy()
+        output = output._replace(predictions=rewards, label_ids=np.zeros(len(rewards), dtype=np.int64))
+        if self.compute_metrics is not None:
+            own = self.compute_metrics(EvalPrediction(predictions=output.predictions, label_ids=output.label_ids))
+            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in own.items()})
         return output
 
     def probe_metrics(self, held_out: int) -> dict[str, float]:

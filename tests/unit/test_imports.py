@@ -32,7 +32,7 @@ ORDER = {
         "shared_prompt",
         "saved",
     ],
-    "data": ["files", "sources", "rows", "mixing", "template", "chat", "tokenization", "prepare", "splits"],
+    "data": ["files", "sources", "rows", "mixing", "template", "chat", "tokenization", "prepare", "splits", "handed"],
     "run": [
         "output",
         "run_folder",
