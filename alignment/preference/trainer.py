@@ -20,10 +20,12 @@ from ..data.prepare import longest_pair
 from ..data.tokenization import SIDES, tokenize_pairs
 from ..errors import UserError
 from ..model.adapters import add_adapter
+from ..model.config_files import whole_model
 from ..model.head import add_lm_head
 from ..model.layers import use_fused_kernels
 from ..model.loading import disable_dropout, load_policy, parameter_dtype
 from ..model.shared_prompt import describe_kernel, use_shared_prompts, why_not
+from ..model.text_part import freeze_other_parts
 from ..report.card import pair_card
 from ..run.guards import NonFiniteStep
 from .collate import Batch, PackedCollator, PaddedCollator
@@ -74,13 +76,7 @@ class PairTrainer(DividedSteps, ScoredFirst):
         callbacks: list[TrainerCallback] | None = None,
         **kwargs: Any,
     ):
-        if processing_class is None:
-            raise UserError(f"processing_class = None: {type(self).__name__} needs the tokenizer")
-        if model is None:
-            raise UserError(f"model = None: {type(self).__name__} needs a path, a name on the Hub or a model, also with model_init")
-        for key, advice in UNUSED.items():
-            if kwargs.get(key) is not None:
-                raise UserError(f"{key}: {advice}")
+        refuse_arguments(type(self).__name__, model, processing_class, kwargs)
         self.base_model_name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", None)
         self.dataset_names: list[str] = []  # for the model card
         self.template_settings: dict[str, Any] | None = None  # the recipe's chat_template_kwargs, for the card too
@@ -93,14 +89,8 @@ class PairTrainer(DividedSteps, ScoredFirst):
         eval_dataset = self.tokenized("eval_dataset", eval_dataset, processing_class, args)
         if train_dataset is not None:
             args.refuse_zero_steps(len(train_dataset))
-        if isinstance(model, str):
-            model = load_policy(model, **{"dtype": parameter_dtype(None), **(args.model_init_kwargs or {})})
-        policy = model.get_base_model() if isinstance(model, PeftModel) else model
-        add_lm_head(policy)
-        if peft_config is not None:
-            model = add_adapter(model, peft_config, args)
-        if args.disable_dropout and (switched_off := disable_dropout(model)):
-            logger.info("Dropout off: %s", ", ".join(switched_off))
+        model = prepared(model, peft_config, args)
+        policy = whole_model(model)
         padding = args.padding_value if args.padding_value is not None else processing_class.pad_token_id
         is_packed, scores_prompt = packs(policy, args.pair_layout, args.device), self.objective.scores_prompt
         collator = PackedCollator(scores_prompt) if is_packed else PaddedCollator(padding, scores_prompt)
@@ -386,6 +376,34 @@ class PairTrainer(DividedSteps, ScoredFirst):
         logps = logits[:, :-1].float().log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None]).squeeze(-1)
         sums, tokens = response_sums(logps, targets != -100)
         return sums / tokens if average_log_prob else sums
+
+
+def prepared(
+    model: str | PreTrainedModel | PeftModel, peft_config: PeftConfig | None, args: PairConfig
+) -> PreTrainedModel | PeftModel:
+    """Loaded, with the head that scores, the adapter that is trained, and no dropout."""
+    if isinstance(model, str):
+        model = load_policy(model, **{"dtype": parameter_dtype(None), **(args.model_init_kwargs or {})})
+    policy = whole_model(model)
+    if frozen := freeze_other_parts(policy):
+        logger.info("Only the language model is trained; no text passes %s.", ", ".join(frozen))
+    add_lm_head(policy)
+    if peft_config is not None:
+        model = add_adapter(model, peft_config, args)
+    if args.disable_dropout and (switched_off := disable_dropout(model)):
+        logger.info("Dropout off: %s", ", ".join(switched_off))
+    return model
+
+
+def refuse_arguments(name: str, model: Any, tokenizer: Any, others: dict[str, Any]) -> None:
+    """Raises UserError for what a trainer of pairs lacks, and for what would have no effect on it."""
+    if tokenizer is None:
+        raise UserError(f"processing_class = None: {name} needs the tokenizer")
+    for key, advice in UNUSED.items():
+        if others.get(key) is not None:
+            raise UserError(f"{key}: {advice}")
+    if model is None:
+        raise UserError(f"model = None: {name} needs a path, a name on the Hub or a model")
 
 
 def trainable_share(model: nn.Module) -> float:

@@ -25,6 +25,7 @@ ORDER = {
         "endings",
         "loading",
         "companions",
+        "text_part",
         "adapters",
         "adapter_checks",
         "layers",
