@@ -80,7 +80,8 @@ for folder in folders:
     turns = [{"role": "user", "content": text}]
     prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
     ends = model.generation_config.eos_token_id
-    said.append({"ids": tokenizer(text)["input_ids"], "prompt": prompt, "logits": logits.tolist(), "dtype": dtype, "ends": ends})
+    tokens = tokenizer(text)["input_ids"]
+    said.append({"ids": tokens, "prompt": prompt, "logits": logits.tolist(), "dtype": dtype, "ends": ends})
 print(json.dumps(said))
 """
 
