@@ -140,8 +140,8 @@ def check_attention(attn_implementation: str | None, *, use_cpu: bool) -> None:
     package = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}[attn_implementation]
     if importlib.util.find_spec(package) is None:
         raise UserError(
-            f"{where}: the package {package} is not installed; run `pip install flash-attn --no-build-isolation`, or set "
-            "attn_implementation: sdpa"
+            f"{where}: the package {package} is not installed; give --attn_implementation=sdpa, which is as fast here (packed "
+            "rows run torch's own flash attention), or run `pip install flash-attn --no-build-isolation`"
         )
 
 
