@@ -19,7 +19,7 @@ def shown(value: Any) -> str:
 
 
 def not_utf8(error: UnicodeDecodeError) -> str:
-    """What to do about text in another encoding. Windows' differs from Latin-1 in the bytes 0x80 to 0x9f, its quotation marks."""
+    """What to do about text in another encoding. Windows' has its quotation marks at 0x80 to 0x9f."""
     byte = error.object[error.start]
     is_utf16 = error.object.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     encoding = "utf-16" if is_utf16 else "cp1252" if byte < 0xA0 else "latin1"

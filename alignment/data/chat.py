@@ -89,7 +89,7 @@ def without_bos(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def glue_faults(prompt: Turns, row: dict[str, Turns], texts: dict[str, str], draw: Callable[[Turns], str]) -> Iterator[Finding]:
-    """Where prompt + response is not what the template writes for the whole conversation, and what of the turns is in neither."""
+    """Where prompt + response is not what the template writes for the whole conversation, and what is in neither."""
     if missing := left_out([turn for turn in prompt if turn["role"] != "assistant"], texts["prompt"]):
         yield missing
     for side in SIDES:
@@ -134,7 +134,9 @@ def exact_pair_text(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, *, 
         if missing := left_out(replies, response):
             raise Fault(*missing)
         texts[side], ends[side] = up_to_its_end(response, frame, tokenizer)
-    if missing := left_out([turn for turn in turns if turn["role"] != "assistant"], prompt) or unnamed_tool(beside["tools"], prompt):
+    if missing := left_out([turn for turn in turns if turn["role"] != "assistant"], prompt) or unnamed_tool(
+        beside["tools"], prompt
+    ):
         raise Fault(*missing)
     if not all(ends.values()) and tokenizer.eos_token is None:
         raise Fault(ENDLESS, f"nothing ends the response {texts['chosen'][-60:]!r}, and the tokenizer has no eos")

@@ -113,8 +113,6 @@ def file_records(files: Sequence[Path], columns: Sequence[str]) -> Iterator[Reco
             raise UserError(f"{file}: cannot be read: {' '.join(str(error).split())}") from error
 
 
-
-
 def open_plain(file: Path) -> IO[bytes]:
     with file.open("rb") as stream:
         start = stream.read(6)

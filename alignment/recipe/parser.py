@@ -4,7 +4,8 @@ import dataclasses
 import difflib
 import re
 import sys
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
@@ -371,9 +372,29 @@ class H4ArgumentParser(HfArgumentParser):
 
     def refuse(self, problems: Iterable[Problem]) -> None:
         """Raises RecipeError for what turned out to be wrong after parse()."""
-        lines = [blame(problem, self.settings, self.place) for problem in problems]
-        if lines:
+        if lines := self.placed(problems):
             raise RecipeError(lines)
+
+    def placed(self, problems: Iterable[Problem]) -> list[str]:
+        """A line for each, after parse()."""
+        return [blame(problem, self.settings, self.place) for problem in problems]
+
+    @contextmanager
+    def placing(self) -> Iterator[None]:
+        """Inside, after parse(), a UserError that begins with a key or a source of dataset_mixer is told with its place."""
+        try:
+            yield
+        except RecipeError:
+            raise
+        except UserError as error:
+            begin = re.match(r"\w+(?= = |\.|:)", message := str(error))
+            key = begin[0] if begin else None
+            sources = self.settings["dataset_mixer"].value if "dataset_mixer" in self.settings else {}
+            if any(message.startswith(f"{source}: ") for source in sources or {}):
+                key = "dataset_mixer"
+            if key not in self.settings:
+                raise
+            raise UserError(f"{self.settings[key].given.place}: {message}") from error
 
     def accept(self, source: Iterable[Given]) -> dict[str, Setting]:
         """The usable settings of one place, by present key; complaints about the others."""

@@ -15,7 +15,8 @@ from transformers.training_args import OptimizerNames
 from transformers.utils import is_liger_kernel_available
 
 from ..errors import Problem
-from .ranges import Rule, rule_problems, text
+from .ranges import Rule, rule_problems
+from .values import text
 
 # What a class of another library raises for a setting that it cannot use, or for a package that it lacks.
 REFUSALS = (
@@ -66,7 +67,8 @@ def optimizer_problems(values: SimpleNamespace) -> Iterable[Problem]:
         if name.startswith(LOW_RANK) and not isinstance(error, ImportError):
             return
         key = "optim_args" if values.optim_args and is_possible(values, optim_args=None) else "optim"
-        yield Problem(key, text(getattr(values, key)), f"cannot be used: {one_line(error)}")
+        usage = "; expected name=value, several with commas" if "unpack" in str(error) else ""
+        yield Problem(key, text(getattr(values, key)), f"cannot be used: {one_line(error)}{usage}")
         return
     ignored = [entry for entry in (values.optim_args or "").replace(" ", "").split(",") if entry and is_ignored(entry, values)]
     if ignored:
@@ -114,6 +116,10 @@ def schedule_problems(values: SimpleNamespace) -> Iterable[Problem]:
     if name in ("constant", "constant_with_warmup") and values.lr_scheduler_kwargs:
         yield Problem(key, value, f"lr_scheduler_type {name} has none; remove them")
         return
+    numbers = {entry: number for entry, number in (values.lr_scheduler_kwargs or {}).items() if isinstance(number, int | float)}
+    if wrong := [entry for entry, number in numbers.items() if not (math.isfinite(number) and number >= 0)]:
+        yield Problem(key, value, f"{wrong[0]} must be finite and not negative")
+        return
     steps = values.max_steps if values.max_steps > 0 else STEPS
     warmup = values.warmup_steps if values.warmup_steps >= 1 else math.ceil(steps * values.warmup_steps)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=values.learning_rate)
@@ -127,8 +133,8 @@ def schedule_problems(values: SimpleNamespace) -> Iterable[Problem]:
         )
         places = (0, 1, int(warmup), steps // 2, steps - 1, steps)
         factors = [factor(place) for factor in getattr(schedule, "lr_lambdas", ()) for place in places]
-        if not all(math.isfinite(factor) and factor >= 0 for factor in factors):
-            raise ValueError("its learning rates are not all finite and at least 0")
+        if not all(math.isfinite(factor) and 0 <= factor <= 1 + 1e-6 for factor in factors):
+            raise ValueError(f"its learning rates are not all between 0 and learning_rate = {values.learning_rate:g}")
     except REFUSALS as error:
         yield Problem(key, value, f"lr_scheduler_type {name} cannot be used: {one_line(error)}")
 

@@ -296,3 +296,33 @@ def test_every_shipped_recipe_passes_every_check(path, monkeypatch, tmp_path):
     method = SFT if "sft" in path.stem else next(METHODS[name] for name in METHODS if name in path.stem)
     parser = H4ArgumentParser((ModelArguments, DataArguments, method.config))
     parser.parse([str(path), "--report_to=none"], recipe_checks(method))  # the tracker may not be installed
+
+
+# ---- What would train otherwise than it says ----
+
+
+@pytest.mark.parametrize(
+    "kwargs", ['{"min_lr": -1}', '{"min_lr_rate": 2}', '{"min_lr": 1}', '{"min_lr": NaN}', '{"min_lr": Infinity}']
+)
+def test_a_schedule_below_0_or_above_the_learning_rate_is_refused(kwargs):
+    (line,) = refused("--lr_scheduler_type=cosine_with_min_lr", f"--lr_scheduler_kwargs={kwargs}")
+    assert line.startswith("--lr_scheduler_kwargs=")
+    parse("--lr_scheduler_type=cosine_with_min_lr", '--lr_scheduler_kwargs={"min_lr": 1e-8}')
+
+
+def test_optim_args_that_are_no_settings_are_told_how_they_are_written():
+    (line,) = refused("--optim=sgd", "--optim_args=momentum")
+    assert line.endswith("expected name=value, several with commas")
+    parse("--optim=sgd", "--optim_args=momentum=0.9")
+
+
+def test_a_template_is_given_no_number_that_it_cannot_spell():
+    (line,) = refused('--chat_template_kwargs={"a": [1, Infinity]}')
+    assert line.endswith("chat_template_kwargs.a = [1, inf]: no template can be given inf or nan")
+
+
+def test_what_only_a_gpu_can_do_is_refused_on_a_cpu_unless_it_only_prepares():
+    assert "processes on a CPU talk by gloo; remove it" in refused("--ddp_backend=nccl")[0]
+    assert "needs a GPU" in refused("--fp16")[0]
+    assert parse("--ddp_backend=nccl", "--fp16", "--prepare_only").fp16 is False
+    assert parse("--ddp_backend=gloo").ddp_backend is None  # one process has nobody to talk to
