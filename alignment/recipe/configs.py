@@ -9,10 +9,9 @@ from typing import Any, Literal, NamedTuple
 from ..errors import ConfigError, Problem, UserError
 from ..launch.launch import STRATEGIES, start_process_group
 from ..report.objective import Objective
-from .ranges import trainer_problems
+from .ranges import DTYPES, trainer_problems
 
 PREPROCESSING_MODES = ("published", "exact")
-DTYPES = ("auto", "float32", "float16", "bfloat16")
 SAVE_DTYPES = DTYPES[1:]
 QUANT_STORAGE = ("uint8", "float16", "bfloat16", "float32")
 
@@ -318,7 +317,7 @@ class RunArguments:
         if self.prepare_only:  # a machine for it need not be able to train
             self.use_cpu = True
             self.bf16 = self.fp16 = self.bf16_full_eval = self.fp16_full_eval = False
-            self.tf32 = self.deepspeed = None
+            self.tf32 = self.deepspeed = self.fsdp = None
         if os.environ.get("WORLD_SIZE", "1") == "1":
             self.ddp_backend = None  # of processes that talk to each other
         if self.total_train_batch_size is not None:

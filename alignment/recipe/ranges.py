@@ -11,6 +11,7 @@ from transformers.debug_utils import DebugOption
 from ..errors import Problem
 from .values import text
 
+DTYPES = ("auto", "float32", "float16", "bfloat16")
 Rule = tuple[Callable[[Any], bool], str]  # what is allowed, and what to say otherwise
 
 
@@ -86,7 +87,7 @@ PAIR_RULES: dict[str, Rule] = {
         (lambda value: not value, "is not supported; remove it"),
     ),
 }
-CHECKPOINTING = ("use_reentrant", "preserve_rng_state", "determinism_check", "debug", "context_fn", "early_stop")
+CHECKPOINTING = ("use_reentrant", "preserve_rng_state", "determinism_check", "debug", "early_stop")
 
 
 def rule_problems(config: Any, rules: dict[str, Rule]) -> list[Problem]:
@@ -174,6 +175,7 @@ def loader_problems(config: Any) -> Iterable[Problem]:
         for key in ("dataloader_persistent_workers", "dataloader_prefetch_factor", "dataloader_multiprocessing_context"):
             if getattr(config, key):
                 yield Problem(key, getattr(config, key), "is about workers; set dataloader_num_workers to 1 or more")
-    if isinstance(config.accelerator_config, dict) and config.accelerator_config.get("split_batches"):
-        advice = "split_batches would make a step of other pairs than total_train_batch_size says; remove it"
-        yield Problem("accelerator_config", config.accelerator_config, advice)
+    for key in ("split_batches", "dispatch_batches", "gradient_accumulation_kwargs"):
+        if isinstance(config.accelerator_config, dict) and config.accelerator_config.get(key):
+            advice = f"{key} would make a step of other pairs than total_train_batch_size says; remove it"
+            yield Problem("accelerator_config", config.accelerator_config, advice)
