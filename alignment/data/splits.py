@@ -83,7 +83,7 @@ def tokenized_splits(kind: DataKind, tokenizer: PreTrainedTokenizerBase, run_: R
                 logger.info("%s: %s; %s", name, reports[name], notes[0])
                 for note in [*notes[1:], *reports[name].places]:
                     logger.info("%s: %s", name, note)
-    except (OSError, pa.ArrowException, UserError) as error:
+    except Exception as error:  # what reads a torn file fails in its own way
         if message := prepare.damage(error):
             raise UserError(message) from error
         raise
@@ -145,7 +145,10 @@ def usable_rows(name: str, texts: Dataset, tokenizer: PreTrainedTokenizerBase, r
     faults = [flaw for flaw in flaws if flaw.reason not in chat.REMARKS]
     bad = {flaw.index for flaw in faults}
     exact = args.preprocessing == "exact"
-    if len(bad) == len(texts) and (exact or all(flaw.reason in chat.MISUSED for flaw in faults)):
+    reasons = {flaw.reason for flaw in faults}
+    if len(bad) == len(texts) and reasons == {chat.EMPTY}:
+        raise UserError(f"{listing(faults)}; {name} has no other row")
+    if len(bad) == len(texts) and (exact or reasons <= chat.MISUSED):
         first = faults[0].message
         advice = template.other_template() if exact else chat.way_out(tokenizer, run_.date)
         told = "" if "Set chat_template" in first else f". {advice}"

@@ -16,7 +16,7 @@ ORDER = {
     "errors": [],
     "report": ["objective", "card", "curves", "saved_files"],
     "launch": ["opening", "launch", "strategy", "turns"],
-    "recipe": ["values", "ranges", "parser", "rehearsal", "configs"],
+    "recipe": ["values", "ranges", "parser", "idle", "rehearsal", "configs"],
     "model": [
         "tokenizer_files",
         "config_files",
