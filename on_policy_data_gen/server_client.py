@@ -39,7 +39,7 @@ class ServerEngine:
                 while under_way:
                     finished, under_way = wait(under_way, return_when=FIRST_COMPLETED)
                     under_way |= {threads.submit(self.ask, one, seed) for one in islice(waiting, len(finished))}
-                    for future in finished:
+                    for future in sorted(finished, key=lambda one: one.exception() is not None):  # what came is kept
                         yield future.result()
             except self.openai.APIConnectionError as error:
                 raise TrainingStopped(

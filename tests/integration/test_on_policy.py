@@ -11,8 +11,9 @@ from datasets import load_from_disk
 
 from alignment.run.records import write_jsonl
 from tests import builders
+from tests.completions_server import completions_server, reply
 from tests.forked import ROOT, Ended, Server
-from tests.workspaces import read_jsonl, save_model, write_recipe
+from tests.workspaces import fake_vllm_python, read_jsonl, save_model, write_recipe
 
 RUN, DECODE = "scripts/run_on_policy.py", "on_policy_data_gen/decode.py"
 POST_PROCESS, ANNOTATE = "on_policy_data_gen/post_process.py", "on_policy_data_gen/reward_model_annotate.py"
@@ -169,16 +170,28 @@ def test_the_stages_one_by_one_with_the_published_flags_make_the_recipes_data(se
     for seed in (13, 21):
         ends(
             server.run(
-                f"--data_dir={workspace / 'prompts.jsonl'}", f"--model={policy}", "--temperature=0.8", "--top_p", "0.95",
-                "--max_tokens=8", f"--seed={seed}", f"--output_dir={tmp_path}", "--use_cpu", method=DECODE,
-            )  # fmt: skip
+                f"--data_dir={workspace / 'prompts.jsonl'}",
+                f"--model={policy}",
+                "--temperature=0.8",
+                "--top_p",
+                "0.95",
+                "--max_tokens=8",
+                f"--seed={seed}",
+                f"--output_dir={tmp_path}",
+                "--use_cpu",
+                method=DECODE,
+            )
         )
     ends(server.run(f"--generation_file_dir={tmp_path}", method=POST_PROCESS))
     ends(
         server.run(
-            f"--generation_file={tmp_path / 'all_outputs.json'}", f"--reward_model={reward}", f"--output_dir={tmp_path}",
-            "--test_size=0.25", "--use_cpu", method=ANNOTATE,
-        )  # fmt: skip
+            f"--generation_file={tmp_path / 'all_outputs.json'}",
+            f"--reward_model={reward}",
+            f"--output_dir={tmp_path}",
+            "--test_size=0.25",
+            "--use_cpu",
+            method=ANNOTATE,
+        )
     )
     assert_same_data(tmp_path, unbroken)
 
@@ -200,9 +213,12 @@ def test_published_files_are_joined_by_prompt_and_annotated(server, workspace, t
         assert row["all_generated_responses"] == [f"answer {seed} to question {number}" for seed in (13, 42)]
     ends(
         server.run(
-            f"--generation_file={tmp_path / 'all_outputs.json'}", f"--reward_model={workspace / 'reward'}", "--use_cpu",
-            f"--output_dir={tmp_path}", method=ANNOTATE,
-        )  # fmt: skip
+            f"--generation_file={tmp_path / 'all_outputs.json'}",
+            f"--reward_model={workspace / 'reward'}",
+            "--use_cpu",
+            f"--output_dir={tmp_path}",
+            method=ANNOTATE,
+        )
     )
     assert "not recorded" in (tmp_path / "pairs/README.md").read_text()
     assert {*rows_of(tmp_path / "all_outputs_bin.json")[0]} >= {"prompt", "all_rm_scores", "chosen", "rejected"}
@@ -215,9 +231,56 @@ def test_scores_that_are_there_are_paired_without_a_reward_model(server, tmp_pat
     (tmp_path / "all_outputs_rm.json").write_text(json.dumps(scored))
     ends(
         server.run(
-            f"--generation_file={tmp_path / 'all_outputs_rm.json'}", f"--output_dir={tmp_path}", "--pair_rule=all_pairs",
-            "--reward_model=there/is/none", "--use_cpu", method=ANNOTATE,
-        )  # fmt: skip
+            f"--generation_file={tmp_path / 'all_outputs_rm.json'}",
+            f"--output_dir={tmp_path}",
+            "--pair_rule=all_pairs",
+            "--reward_model=there/is/none",
+            "--use_cpu",
+            method=ANNOTATE,
+        )
     )
     saved = load_from_disk(tmp_path / "pairs")
     assert (len(saved["train"]), len(saved["test"])) == (6, 3)
+
+
+# ---- Generated elsewhere ----
+
+
+def test_a_server_is_asked_once_for_each_row_though_the_stage_is_killed(server, workspace, tmp_path):
+    with completions_server("served") as stand_in:
+        command = (
+            f"--data_dir={workspace / 'prompts.jsonl'}", f"--model={workspace / 'policy'}", f"--server={stand_in.url}",
+            "--served_model=served", "--concurrency=1", "--max_tokens=8", f"--output_dir={tmp_path}", "--use_cpu",
+        )  # fmt: skip
+        ends(server.run(*command, method=DECODE, sabotage="tear_row", number=4), -9)
+        asked = len(stand_in.requests)
+        assert asked < PROMPTS
+        ends(server.run(*command, method=DECODE))
+    assert len(stand_in.requests) - asked == PROMPTS - 3
+    texts = {tuple(request["prompt"]): reply(request["prompt"], request["seed"]) for request in stand_in.requests}
+    rows = rows_of(tmp_path / "output_42.json")
+    assert len(texts) == len(rows) == PROMPTS
+    assert {row["generated_text"] for row in rows} == {*texts.values()}
+    printed = ends(server.run(*command[:2], "--max_tokens=8", f"--output_dir={tmp_path}", "--use_cpu", method=DECODE), 2)
+    assert "engine: 'server' then, 'transformers' now" in printed
+
+
+def test_vllm_goes_on_where_a_killed_stage_stopped(server, workspace, tmp_path):
+    python, log = fake_vllm_python(tmp_path)
+    command = (
+        f"--data_dir={workspace / 'prompts.jsonl'}", f"--model={workspace / 'policy'}", "--engine=vllm", "--max_tokens=8",
+        f"--vllm_python={python}", f"--output_dir={tmp_path / 'data'}", "--use_cpu",
+    )  # fmt: skip
+    ends(server.run(*command, method=DECODE, sabotage="tear_row", number=5), -9)
+    log.rename(tmp_path / "before.jsonl")
+    ends(server.run(*command, method=DECODE))
+    assert sum("ids" in row for row in read_jsonl(log)) == PROMPTS - 4
+    assert len(rows_of(tmp_path / "data/output_42.json")) == PROMPTS
+
+
+def test_a_launch_of_several_processes_is_none_for_a_server(server, workspace, tmp_path):
+    ended = server.run(
+        f"--data_dir={workspace / 'prompts.jsonl'}", f"--model={workspace / 'policy'}", "--server=http://localhost:1",
+        f"--output_dir={tmp_path}", "--use_cpu", method=DECODE, processes=2,
+    )  # fmt: skip
+    assert "2 processes were launched, and a server divides the work itself" in ends(ended, 2)
