@@ -186,6 +186,11 @@ def write_rows(path: Path, rows: Iterable[Row]) -> None:
     replace(path, (text for part in ([first], lines, ["\n]\n"]) for text in part))
 
 
+def write_lines(path: Path, rows: Iterable[Row]) -> None:
+    """JSONL."""
+    replace(path, (json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
 def replace(path: Path, texts: Iterable[str]) -> None:
     """Written aside, and put in place in one move."""
     draft = path.with_name(f".{path.name}.new")
