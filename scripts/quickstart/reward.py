@@ -1,4 +1,4 @@
-"""A reward model for the quickstart's own responses, from its pairs: `python scripts/quickstart/reward.py`, a minute on a CPU."""
+"""A reward model for on-policy data of the quickstart's size, from its pairs: `python scripts/quickstart/reward.py`."""
 
 import os
 
