@@ -232,6 +232,20 @@ def with_opening(
     return prompt + opening, cut, [Finding(SHARED_OPENING, f"{opening!r} has to be added when generating")]
 
 
+def generation_text(turns: Turns, tokenizer: PreTrainedTokenizerBase, *, date: str | None = None) -> str:
+    """The text behind which a model generates its reply: the prompt of `exact_pair_text`.
+
+    Raises TemplateRefusal or Fault for a template that cannot write this prompt, or writes bos twice.
+    """
+    draw = partial(render, tokenizer=tokenizer, date=date)
+    turns = [without_mark(turn, tokenizer.eos_token) for turn in turns]
+    prompt = draw(turns, generation_prompt=True)
+    frame = frame_of(turns, prompt, draw, tokenizer)
+    for fault in bos_faults({"prompt": prompt}, turns, tokenizer):
+        raise Fault(*fault)
+    return with_opening(prompt, {}, frame, lambda: draw(turns))[0]
+
+
 # ---- Proofs ----
 
 

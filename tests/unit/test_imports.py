@@ -160,6 +160,11 @@ def test_alignment_never_imports_scripts():
     assert [path for path in importers("scripts") if path.startswith("alignment/")] == []
 
 
+def test_on_policy_data_is_made_with_alignment_and_not_the_other_way():
+    assert [path for path in importers("on_policy_data_gen") if path.startswith("alignment/")] == []
+    assert [path for path in importers("scripts") if path.startswith("on_policy_data_gen/")] == []
+
+
 def test_parts_of_trl_that_may_vanish_are_imported_by_one_file_at_most():
     assert len(importers("trl.experimental")) <= 1
 
