@@ -1,1 +1,1 @@
-"""Did a run generalize? Records -> signals -> verdict -> review.md and report.html, each step a pure function of the one before."""
+"""Did a run generalize? Records -> signals -> verdict -> page, each step a pure function of the one before."""

@@ -1,4 +1,4 @@
-"""What a review takes for much, little and enough: conventions, none of them a law. Nothing else in the review has a threshold."""
+"""What a review takes for much, little and enough: conventions, none of them a law, and all of them here."""
 
 import math
 
@@ -33,12 +33,12 @@ def described(delta: float, spread: float | None) -> list[tuple[str, str]]:
         ("delta", f"{100 * delta:g} points of accuracy, the change that matters (--delta)"),
         ("h", f"delta x sqrt(2 pi) x standard deviation of d at step 0{h}: the shift that moves accuracy by delta at most"),
         ("fewest held-out prompts", f"{FEWEST_PROMPTS}"),
-        ("collapse", f"chosen log-probability per token down by more than ln 2 = {COLLAPSE_NATS:.3f} nats, or the replies' zlib "
-                     f"ratio by more than {REPLY_RATIO_FALL} ({FEWEST_REPLIES} prompts at least)"),
+        ("collapse", f"chosen log-probability per token down by more than ln 2 = {COLLAPSE_NATS:.3f} nats, or the replies' "
+                     f"zlib ratio by more than {REPLY_RATIO_FALL} ({FEWEST_REPLIES} prompts at least)"),
         ("no change of the chosen", f"within {STILL_NATS} nats per token"),
         ("saturated", f"accuracy at step 0 above {1 - SATURATED_BELOW * delta:.0%}"),
         ("leaning", f"step-0 accuracy from {LEAN_RANGE[0]:.0%} to {LEAN_RANGE[1]:.0%}; {ORDER_PER_DELTA * delta:.3g} standard "
                     "deviations of d in place of delta"),
-        ("length-matched", f"bins at |log length ratio| = {', '.join(map(str, LENGTH_EDGES))}; at least {FEWEST_MATCHED} pairs on "
-                           "the thinner sides"),
+        ("length-matched", f"bins at |log length ratio| = {', '.join(map(str, LENGTH_EDGES))}; at least {FEWEST_MATCHED} pairs "
+                           "on the thinner sides"),
     ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Logs of any trainer that has preference metrics, read as they are: this suite's, TRL's, axolotl's, LLaMA-Factory's, the published code's."""
+"""Logs with preference metrics, read as they are: of this suite, TRL, axolotl, LLaMA-Factory and the published code."""
 
 import ast
 import json
@@ -47,7 +47,9 @@ class Log(NamedTuple):
 
     def series(self, split: str, metric: str) -> list[tuple[float, float]]:
         """(step, value) of every record that has the metric; its place in the log, where steps were not logged."""
-        found = [(record.step, record.values[metric]) for record in self.records if record.split == split and metric in record.values]
+        found = [
+            (record.step, record.values[metric]) for record in self.records if record.split == split and metric in record.values
+        ]
         has_steps = all(step is not None for step, _ in found)
         return [(step if has_steps else place, value) for place, (step, value) in enumerate(found, start=1)]
 
@@ -108,8 +110,8 @@ def read_log(path: Path, unprefixed: str = TRAIN) -> Log:
     log = log_of(records, unprefixed)._replace(malformed=malformed)
     if not any(set(record.values) - {"loss"} for record in log.records):
         raise UserError(
-            f"{path}: no preference metric in {len(records)} records ({malformed} malformed lines). Expected is a run folder, a "
-            f"trainer_state.json, or a record a line with such keys as {MARGIN}, eval_{MARGIN}, {ACCURACY}"
+            f"{path}: no preference metric in {len(records)} records ({malformed} malformed lines). Expected is a run folder, "
+            f"a trainer_state.json, or a record a line with such keys as {MARGIN}, eval_{MARGIN}, {ACCURACY}"
         )
     return log
 

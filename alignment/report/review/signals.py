@@ -205,7 +205,9 @@ def rank_correlation(first: np.ndarray, second: np.ndarray) -> float | None:
     return float(spearmanr(first, second).statistic)
 
 
-def replies_of(before: Sequence[str], after: Sequence[str], tokens: tuple[Sequence[int], Sequence[int]] | None) -> Replies | None:
+def replies_of(
+    before: Sequence[str], after: Sequence[str], tokens: tuple[Sequence[int], Sequence[int]] | None
+) -> Replies | None:
     """Replies to the same prompts, in one order, a prompt each; tokens of each, where they were recorded (else characters).
 
     A text that repeats itself compresses further. Both of a pair are cut to the shorter one's bytes, since the ratio falls with

@@ -70,7 +70,12 @@ def verdict_of(signals: Signals, delta: float = DELTA) -> Verdict:
     ) if holds]  # fmt: skip
     change = held_out.accuracy_change and held_out.accuracy_change.change
     holding += by_accuracy(signals, change, delta, delta, is_saturated=is_saturated)
-    flags = [*holding[1:], *([MEMORIZING] if is_memorizing(signals, delta) else []), *([SATURATED] if is_saturated else []), *seen]
+    flags = [
+        *holding[1:],
+        *([MEMORIZING] if is_memorizing(signals, delta) else []),
+        *([SATURATED] if is_saturated else []),
+        *seen,
+    ]
     if holding:
         qualifiers = qualifiers_of(held_out, change, delta) if holding[0] == GENERALIZING else ()
         return Verdict(holding[0], qualifiers, tuple(flags))
@@ -162,9 +167,13 @@ def missing_of(signals: Signals, delta: float) -> tuple[str, ...]:
         return ("the held-out pairs' scores before the first step (score_step_0)",)
     found = []
     if signals.is_chosen_step:
-        found.append("records of the last step: these are of a checkpoint that was chosen on these pairs (load_best_model_at_end)")
+        found.append(
+            "records of the last step: these are of a checkpoint that was chosen on these pairs (load_best_model_at_end)"
+        )
     if probe is None or probe.d_change is None:
-        found.append("the training probe's pairs before and after (train_probe): without them no run is under-trained or over-optimizing")
+        found.append(
+            "the training probe's pairs before and after (train_probe): without them no run is under-trained or over-optimizing"
+        )
     change = held_out.accuracy_change.change
     if change.low <= 0 and change.high >= delta:
         found.append(
