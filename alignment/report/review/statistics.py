@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy.special import ndtri, stdtr, stdtrit
-from scipy.stats import norm
+from scipy.special import ndtr, ndtri, stdtr, stdtrit
 
 from .conventions import LENGTH_EDGES, LEVEL
 
@@ -69,7 +68,7 @@ def p_of(statistic: float, df: float) -> float:
     """Two-sided."""
     if math.isnan(statistic):
         return 1.0
-    return float(2 * (norm.sf(abs(statistic)) if math.isinf(df) else stdtr(df, -abs(statistic))))
+    return float(2 * (ndtr(-abs(statistic)) if math.isinf(df) else stdtr(df, -abs(statistic))))
 
 
 def ratio(value: float, se: float) -> float:
@@ -163,7 +162,8 @@ def order_of(d: np.ndarray) -> tuple[float, np.ndarray]:
     rim = 1 / (n * (n - 1))
     share = min(max(float(shares.mean()), rim), 1 - rim)
     probit = float(ndtri(share))
-    return probit / math.sqrt(2), 2 * (shares - share) / (math.sqrt(2) * float(norm.pdf(probit)))
+    density = math.exp(-(probit**2) / 2) / math.sqrt(2 * math.pi)
+    return probit / math.sqrt(2), 2 * (shares - share) / (math.sqrt(2) * density)
 
 
 def change_of_order(before: np.ndarray, after: np.ndarray, prompts: np.ndarray) -> Estimate:
