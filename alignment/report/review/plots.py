@@ -13,7 +13,7 @@ from matplotlib.ticker import PercentFormatter
 from .conventions import COLLAPSE_NATS, STILL_NATS, accuracy_shift
 from .logs import ACCURACY, MARGIN, PROBE, TRAIN, Log
 from .pairs import Pairs
-from .signals import PairSignals, Signals
+from .signals import Lengths, Signals
 from .statistics import Estimate
 
 # Stand-ins: matplotlib draws with them, and `svg_of` writes the page's variables in their places.
@@ -178,9 +178,9 @@ def distributions(held_out: Pairs, probe: Pairs | None) -> str:
     return svg_of(1.0 + 1.8 * len(sets), draw, "Distribution of d before and after")
 
 
-def by_length(held_out: PairSignals) -> str:
+def by_length(lengths: Lengths) -> str:
     """Accuracy where chosen is longer, shorter, as long; and what a rule that sees length alone would get."""
-    groups = held_out.lengths.groups
+    groups = lengths.groups
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
@@ -190,8 +190,8 @@ def by_length(held_out: PairSignals) -> str:
                     axes.plot([place + offset] * 2, [100 * estimate.low, 100 * estimate.high], color=colour, linewidth=2.5)
                     axes.plot([place + offset], [100 * estimate.value], "o", color=colour, markersize=5)
         for name, value, style in (
-            ("the longer one wins", held_out.lengths.longer_wins, "--"),
-            ("the shorter one wins", held_out.lengths.shorter_wins, ":"),
+            ("the longer one wins", lengths.longer_wins, "--"),
+            ("the shorter one wins", lengths.shorter_wins, ":"),
         ):
             axes.axhline(100 * value, color=RED, linewidth=1, linestyle=style, label=f"{name}: {100 * value:.0f} % of all")
         for label, colour in (("before", MUTED), ("after", BLUE)):

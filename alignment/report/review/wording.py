@@ -21,7 +21,7 @@ from .figures import (
 )
 from .logs import LogSignals
 from .reading import Reading
-from .signals import PairSignals, Replies, Signals
+from .signals import Lengths, PairSignals, Replies, Signals
 from .verdict import (
     COLLAPSING,
     GENERALIZING,
@@ -96,7 +96,7 @@ def key_figures(signals: Signals) -> list[tuple[str, str]]:
         ("P, change of d, probe", nats(probe and probe.d_change)),
         ("K = H - P/2", nats(signals.gap)),
         ("C, change of the chosen", nats(held_out.chosen_change)),
-        ("length-matched change of d", nats(held_out.lengths.matched.change)),
+        ("length-matched change of d", nats(held_out.matched.change)),
     ]
     return [(label, value) for label, value in found if value != NONE]
 
@@ -151,10 +151,9 @@ def gradient_left(side: PairSignals) -> str:
     return f"{before}{saturation.gradient_after:.3f} ({sample(side.n, side.prompts)})"
 
 
-def length_table(held_out: PairSignals) -> Table:
-    lengths = held_out.lengths
+def length_table(held_out: PairSignals, lengths: Lengths) -> Table:
     rows = [(group.name, share(group.before), share(group.after)) for group in lengths.groups]
-    matched = lengths.matched
+    matched = held_out.matched
     told = nats(matched.change) if matched.change else "none: these pairs cannot tell brevity from preference"
     n = counted(held_out.n, "pair")
     ranks = [f"{rank:+.2f} ({n})" if rank is not None else NONE for rank in (lengths.rank_before, lengths.rank_after)]
