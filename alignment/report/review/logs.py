@@ -26,7 +26,7 @@ METRICS = {
 SPELLINGS = {spelling: metric for metric, spellings in METRICS.items() for spelling in spellings}
 NAMED_SETS = re.compile(rf"(.+)_({'|'.join(spellings[0] for spellings in METRICS.values() if '_' in spellings[0])})")
 PREFIX = re.compile(r"(train|eval|valid|validation|val|test|probe)_")
-STEPS = ("step", "current_steps", "global_step", "steps", "iteration")
+STEPS = ("step", "current_steps", "global_step", "train/global_step", "_step", "steps", "iteration")
 TRAIN, EVAL, PROBE = "train", "eval", "probe"
 
 
