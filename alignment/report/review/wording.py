@@ -142,7 +142,7 @@ def pair_table(signals: Signals) -> Table:
 
 def own_note(side: PairSignals) -> str:
     p = probability(side.own.accuracy.p)
-    return f"none: rewards are 0 at step 0 or unknown; against one half, p = {p} ({sample(side.n, side.prompts)})"
+    return f"none: rewards are 0 at step 0 or unknown; against one half, {p} ({sample(side.n, side.prompts)})"
 
 
 def gradient_left(side: PairSignals) -> str:
@@ -237,8 +237,8 @@ def comparison_table(comparisons: Sequence[Comparison]) -> Table:
         rows.append((
             f"{each.first} minus {each.second}" + (" (single seeds)" if each.single_seeds else ""),
             alone,
-            f"{points(each.by_d.change)}, p = {probability(each.adjusted_d)}",
-            f"{points(each.by_reward.change)}, p = {probability(each.adjusted_reward)}",
+            f"{points(each.by_d.change)}, {probability(each.adjusted_d)}",
+            f"{points(each.by_reward.change)}, {probability(each.adjusted_reward)}",
             f"{nats(each.d)}" if each.d else agree,
             f"{nats(each.chosen)}" if each.chosen else agree,
         ))  # fmt: skip
@@ -246,7 +246,7 @@ def comparison_table(comparisons: Sequence[Comparison]) -> Table:
         "Last step of each run, on the held-out pairs that both have. p by Holm, over "
         f"{counted(len(comparisons), 'comparison')} of each measure; intervals 95 %, not adjusted. Mean log-probabilities are "
         "compared where the responses have equally many tokens. Single seeds: such an interval speaks of pairs, not of seeds; "
-        "where seeds spread by one point, two seeds of one recipe differ so in 15 % of cases at 500 pairs."
+        "where seeds spread by one point, two seeds of one recipe differ so in one case of seven at 500 pairs."
     )
     header = ("runs", "shared pairs", "accuracy by d", "accuracy by own reward", "mean d", "mean chosen log-probability")
     return Table("Paired differences", header, rows, note)
