@@ -45,7 +45,7 @@ MEANINGS = {
     OVER_OPTIMIZING: "training pairs moved, held-out ones by less than half as much, and their order did not improve by delta",
     INFLATING: "held-out margins grew, and the order of the pairs did not improve by delta: here margins show no learning",
     WORSENING: "fewer held-out pairs are in the right order than before; swapped labels look so",
-    NOT_DECIDABLE: "these pairs do not tell",
+    NOT_DECIDABLE: "what was recorded does not tell",
     NO_VERDICT: "too few held-out prompts",
     SMALL: "the gain in accuracy is smaller than delta",
     LENGTH: "what was learned may be to prefer a length: the length-matched change is not shown to be above 0",
@@ -80,9 +80,9 @@ def summary(run: Reading, signals: Signals, verdict: Verdict, delta: float) -> s
     held_out, lines = signals.held_out, [f"{run.name}: {headline(verdict)}"]
     lines += [f"  {line}" for line in (*run.notes, *remarks(verdict, held_out and held_out.n, delta))]
     if held_out is not None:
-        lines += [f"  {label:34} {value}" for label, value in key_figures(signals)]
+        lines += [f"  {label:40} {value}" for label, value in key_figures(signals)]
     elif signals.log is not None:
-        lines += [f"  {row[0]:34} {row[1]}" for row in log_table(signals.log).rows if row[1] != NONE]
+        lines += [f"  {row[0]:40} {row[1]}" for row in log_table(signals.log).rows if row[1] != NONE]
     return "\n".join(lines)
 
 
