@@ -82,7 +82,8 @@ $(OLD_TORCH)/installed: setup.cfg pyproject.toml constraints.txt
 bench: $(STAMP)
 	@for file in $(filter-out benchmarks/gpu_proof.py benchmarks/review_%.py,$(wildcard benchmarks/*.py)); do echo "== $$file"; $(RUN) $$file || exit 1; done
 
-# How far a review is right: simulated record sets, and runs on the quickstart's model that are built to go wrong. An hour.
+# How far a review is right: simulated record sets, and runs on the quickstart's model that are built to go wrong. A quarter
+# of an hour after the quickstart.
 review-proof: quickstart
 	@$(RUN) benchmarks/review_coverage.py
 	@$(RUN) benchmarks/review_power.py

@@ -255,10 +255,11 @@ def comparison_table(comparisons: Sequence[Comparison]) -> Table:
 def seed_table(cells: Sequence[Cell]) -> Table:
     rows = []
     for cell in cells:
+        sizes = f"{min(cell.pairs):,}" if len(set(cell.pairs)) == 1 else f"{min(cell.pairs):,} to {max(cell.pairs):,}"
         for name, values in (("d", cell.accuracies), ("own reward", cell.own_accuracies)):
             spread = "one seed" if len(values) == 1 else f"{100 * min(values):.1f} to {100 * max(values):.1f} %"
-            mean = f"{100 * sum(values) / len(values):.1f} %"
+            mean = f"{100 * sum(values) / len(values):.1f} % ({sizes} pairs a seed)"
             rows.append((", ".join(cell.runs), name, counted(len(values), "seed"), mean, spread))
-    return Table(
-        "Seeds", ("runs of one recipe", "accuracy by", "seeds", "mean", "lowest to highest"), rows, "Held-out, last step."
-    )
+    deviations = [f"{100 * cell.deviation:.1f} points ({cell.runs[0]} ...)" for cell in cells if cell.deviation is not None]
+    note = f"Held-out, last step. Standard deviation of the accuracy by d over seeds: {'; '.join(deviations)}."
+    return Table("Seeds", ("runs of one recipe", "accuracy by", "seeds", "mean", "lowest to highest"), rows, note)

@@ -120,6 +120,12 @@ def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path):
         names_of([tmp_path / "a", tmp_path / "a/../a"])
 
 
+def test_a_held_out_log_is_shown_for_a_run_that_has_no_other(run, tmp_path):
+    (run / "metrics.jsonl").unlink()
+    (tmp_path / "log.jsonl").write_text(json.dumps({"accuracy": 0.5}))
+    assert read_run(run, eval_log=tmp_path / "log.jsonl").log_signals().held_out_accuracy.last == 0.5
+
+
 def test_a_held_out_log_belongs_to_one_run(run, tmp_path):
     (tmp_path / "log.jsonl").write_text(json.dumps({"accuracy": 0.5}))
     with pytest.raises(UserError, match="belongs to one run, and 2 were given"):
