@@ -114,8 +114,7 @@ def tokenize_pair_rows(name: str, rows: Dataset, tokenizer: PreTrainedTokenizerB
     if name.startswith(TRAIN):
         log_samples(texts)
     tokens = prepare.to_tokens(texts, tokenizer, args.length_rules, num_proc=run_.workers)
-    if not name.startswith(TRAIN):
-        tokens = with_hashes(tokens, rows)
+    tokens = with_hashes(tokens, rows)  # of training pairs too: some are recorded, as the probe
     notes = [prepare.describe_tokens(tokens, dropped=len(texts) - len(tokens), rules=args.length_rules)]
     if args.preprocessing == "published":
         notes.append(prepare.describe_published(texts, tokens, tokenizer))
