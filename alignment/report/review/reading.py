@@ -120,10 +120,15 @@ def read_run(path: Path, name: str | None = None, eval_log: Path | None = None) 
 def find_log(folder: Path) -> Path | None:
     """Of what a trainer leaves, the fullest; of checkpoints the newest."""
     for pattern in LOGS:
-        found = sorted(folder.glob(pattern), key=lambda path: path.stat().st_mtime)
-        if found:
-            return found[-1]
+        if found := list(folder.glob(pattern)):
+            return max(found, key=step_of)
     return None
+
+
+def step_of(path: Path) -> int:
+    """Of a file in a checkpoint's folder. Not its time, which a copy need not keep."""
+    number = path.parent.name.rpartition("-")[2]
+    return int(number) if number.isdigit() else 0
 
 
 def read_pairs(path: Path, notes: list[str]) -> Pairs | None:
