@@ -37,13 +37,15 @@ def rehearse(values: SimpleNamespace) -> list[Problem]:
     problems = rule_problems(values, RULES)
     if values.num_train_epochs <= 0 and values.max_steps <= 0:
         problems.append(Problem("num_train_epochs", values.num_train_epochs, "a run of no epoch would train nothing"))
-    if values.fsdp and os.environ.get("WORLD_SIZE", "1") == "1":
+    if values.fsdp and os.environ.get("WORLD_SIZE", "1") == "1" and not values.dry_run:
         advice = "divides a model among processes, and one was launched; launch with accelerate_configs/fsdp2.yaml instead"
         problems.append(Problem("fsdp", values.fsdp, advice))
     if values.fsdp_config and not values.fsdp:
         problems.append(Problem("fsdp_config", values.fsdp_config, "is read with fsdp alone; remove it"))
     if values.use_liger_kernel and not is_liger_kernel_available():
-        problems.append(Problem("use_liger_kernel", True, "the package is not installed: pip install liger-kernel"))
+        problems.append(
+            Problem("use_liger_kernel", True, "the package is not installed: pip install liger-kernel", is_local=True)
+        )
     if isinstance(values.lr_scheduler_kwargs, str):
         advice = 'must be a mapping such as {"min_lr": 1e-8}'
         return [*problems, Problem("lr_scheduler_kwargs", values.lr_scheduler_kwargs, advice)]
@@ -66,7 +68,9 @@ def optimizer_problems(values: SimpleNamespace) -> Iterable[Problem]:
         if name.startswith(LOW_RANK) and not isinstance(error, ImportError):
             return
         key = "optim_args" if values.optim_args and is_possible(values, optim_args=None) else "optim"
-        yield Problem(key, text(getattr(values, key)), f"cannot be used: {one_line(error)}")
+        # transformers also says so in a ValueError.
+        is_local = isinstance(error, ImportError) or "not installed" in str(error) or "pip install" in str(error)
+        yield Problem(key, text(getattr(values, key)), f"cannot be used: {one_line(error)}", is_local)
         return
     ignored = [entry for entry in (values.optim_args or "").replace(" ", "").split(",") if entry and is_ignored(entry, values)]
     if ignored:

@@ -46,8 +46,11 @@ def folder_problems(values: SimpleNamespace) -> list[Problem]:
     output_dir = Path(values.output_dir or "trainer_output")
     if values.prepare_only:
         return cache_problems(values)
-    advice = inputs_there(output_dir, values) or foreign_files(output_dir) or unwritable(output_dir)
-    return [*([Problem("output_dir", str(output_dir), advice)] if advice else []), *cache_problems(values)]
+    advice, unwritable_here = inputs_there(output_dir, values) or foreign_files(output_dir), unwritable(output_dir)
+    problems = [Problem("output_dir", str(output_dir), advice)] if advice else []
+    if unwritable_here and not problems:
+        problems = [Problem("output_dir", str(output_dir), unwritable_here, is_local=True)]
+    return [*problems, *cache_problems(values)]
 
 
 def inputs_there(output_dir: Path, values: SimpleNamespace) -> str | None:

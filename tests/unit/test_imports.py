@@ -16,7 +16,7 @@ ORDER = {
     "errors": [],
     "report": ["objective", "card", "curves", "saved_files"],
     "launch": ["opening", "launch", "strategy", "turns"],
-    "recipe": ["values", "ranges", "parser", "rehearsal", "configs"],
+    "recipe": ["values", "ranges", "parser", "rehearsal", "dry_run", "configs"],
     "model": [
         "tokenizer_files",
         "config_files",
@@ -65,6 +65,19 @@ ORDER = {
         "trainer",
     ],
     "leaving": [],
+    "preflight": [
+        "settings",
+        "rows",
+        "shown",
+        "lengths",
+        "steps",
+        "model",
+        "memory",
+        "disk",
+        "pitfalls",
+        "report",
+        "dry_run",
+    ],
     "pipeline": [],
 }
 CODE_FOLDERS = ("alignment", "scripts", "on_policy_data_gen", "eval", "benchmarks")
