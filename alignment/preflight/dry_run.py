@@ -253,6 +253,8 @@ def conclude(report: Report, memory: Memory | None, gpu_memory: float | None) ->
     """The last line. Raises WillNotFit."""
     report.section("Verdict")
     verdict = "It would start."
+    if gpu_memory is not None and memory is None:
+        verdict += f" Whether it fits {gpu_memory:g} GiB is not known."
     if gpu_memory is not None and memory is not None:
         low, high = memory.context
         need = gib(memory.longest.peak.total)

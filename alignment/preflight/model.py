@@ -61,7 +61,9 @@ def adapter_config(model_args: ModelArguments, config: PreTrainedConfig) -> Lora
 
 def padded_because(model: nn.Module, args: RunArguments) -> str | None:
     """Raises UserError if packed batches are asked for and impossible."""
-    layout = getattr(args, "pair_layout", "padded")
+    if not hasattr(args, "pair_layout"):  # supervised tuning
+        return None
+    layout = args.pair_layout
     reason = "pair_layout is padded" if layout == "padded" else why_not(model)
     if reason is not None and layout == "packed":
         raise UserError(f"pair_layout = packed: not possible with this model, because {reason}; use auto or padded")

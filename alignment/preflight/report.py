@@ -79,11 +79,11 @@ class Report:
     def model(self, name: str, skeleton: Skeleton, template: str, attention: str) -> None:
         self.section(f"Model: {name}")
         trained = "" if skeleton.trained == skeleton.parameters else f", {skeleton.trained / 1e6:,.1f} million trained"
-        layout = "packed, each prompt once" if skeleton.why_padded is None else f"padded, because {skeleton.why_padded}"
+        layouts = [] if skeleton.why_padded is None else [f"pairs are padded: {skeleton.why_padded}"]
         self.lines([
             f"{skeleton.config.model_type}, {skeleton.parameters / 1e6:,.1f} million parameters{trained}, "
             f"{str(skeleton.dtype).removeprefix('torch.')}, attention {attention}",
-            f"pairs: {layout}",
+            *layouts,
             f"chat template: {template}",
         ])  # fmt: skip
 
@@ -120,19 +120,17 @@ class Report:
         self.section("Steps")
         self.lines([
             f"{rows:,} {what}, {schedule.rows_per_step:,} a step ({schedule.per_device} x {schedule.accumulation} x "
-            f"{schedule.processes} process{'es' * (schedule.processes > 1)}): {schedule.steps_per_epoch:,} steps an epoch, "
+            f"{counted(schedule.processes, 'process', 'es')}): {schedule.steps_per_epoch:,} steps an epoch, "
             f"{schedule.steps:,} in all ({schedule.epochs:.3g} epochs)",
             f"tokens a step, over all processes: {tokens.mean:,.0f} on average, {tokens.least:,} to {tokens.most:,}, standard "
             f"deviation {tokens.deviation:,.0f}; {tokens.epoch:,} an epoch",
-            f"{schedule.evaluations:,} evaluations, {schedule.checkpoints:,} checkpoints",
+            f"{counted(schedule.evaluations, 'evaluation')}, {counted(schedule.checkpoints, 'checkpoint')}",
             f"output_dir: {outlook}",
         ])  # fmt: skip
 
     def memory(self, memory: Memory, gpu_memory: float | None) -> None:
         plan = memory.plan
-        self.section(
-            f"Memory of each device, estimated: {plan.strategy}, {plan.processes} process{'es' * (plan.processes > 1)}"
-        )
+        self.section(f"Memory of each device, estimated: {plan.strategy}, {counted(plan.processes, 'process', 'es')}")
         self.table(
             ("GiB", "longest step", "usual step"),
             [
@@ -181,6 +179,10 @@ class Report:
             f"{disk.most / 1e9:,.2f} GB at most: {kept}, {disk.end / 1e9:,.2f} GB of the model at the end ({disk.end_dtype}); "
             f"{disk.free / 1e9:,.0f} GB free here"
         ])  # fmt: skip
+
+
+def counted(number: int, what: str, ending: str = "s") -> str:
+    return f"{number:,} {what}{ending * (number != 1)}"
 
 
 def figures(spread: Spread) -> list[str]:
