@@ -53,7 +53,7 @@ def schedule_warnings(args: RunArguments, schedule: Schedule) -> Iterator[str]:
         yield f"eval_steps = {args.eval_steps:g}: the run has {steps} steps, so that it is evaluated at its end alone"
     if args.logging_steps > steps:
         yield f"logging_steps = {args.logging_steps:g}: the run has {steps} steps, so that none is logged on the way"
-    if schedule.checkpoints == 0 and steps > 1:
+    if schedule.checkpoints <= 1 and steps > 1:
         yield "nothing is saved before the end: what stops the run costs all of it; --save_steps=0.25 saves four times"
 
 

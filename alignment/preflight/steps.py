@@ -42,7 +42,7 @@ def schedule_of(args: RunArguments, rows: int) -> Schedule:
     return Schedule(
         processes, size, args.gradient_accumulation_steps, args.rows_per_forward * args.gradient_accumulation_steps, per_epoch,
         steps,
-        # Also at the end and, where pairs are scored, before the first step.
+        # Also when all is trained and, where pairs are scored, before the first step.
         evaluations=times(args.eval_strategy, args.eval_steps, steps, epochs) + (1 + scores_first(args)) * bool(args.do_eval),
         checkpoints=times(args.save_strategy, args.save_steps, steps, epochs),
     )  # fmt: skip
@@ -53,13 +53,13 @@ def scores_first(args: RunArguments) -> bool:
 
 
 def times(strategy: str, every: float | None, steps: int, epochs: int) -> int:
-    """How often something happens that is due every so many steps (below 1: a share of all), or every epoch."""
+    """How often something happens that is due every so many steps (below 1: a share of all) and at the last, or every epoch."""
     name = getattr(strategy, "value", strategy)
     if name == "epoch":
         return epochs
     if name != "steps" or not every:
         return 0
-    return steps // (math.ceil(steps * every) if every < 1 else int(every))
+    return math.ceil(steps / (math.ceil(steps * every) if every < 1 else int(every)))
 
 
 # ---- Tokens ----

@@ -61,10 +61,11 @@ def test_checkpoints_and_evaluations_are_counted(tmp_path):
     )  # fmt: skip
     schedule = schedule_of(args, 100)
     assert schedule.checkpoints == 4
-    assert schedule.evaluations == 3 + 2  # before the first step and at the end
+    assert schedule.evaluations == 4 + 2  # the last step's is one of the four; before the first step, and of the end
     assert schedule_of(config(tmp_path, save_strategy="no", per_device_train_batch_size=1), 100).checkpoints == 0
     assert times("epoch", None, 100, 3) == 3
-    assert times("steps", 1000, 100, 3) == 0
+    assert times("steps", 1000, 100, 3) == 1
+    assert times("steps", 0.3, 10, 3) == 4
 
 
 def test_tokens_of_a_step_are_sums_over_the_rows_of_full_steps(tmp_path):
