@@ -75,8 +75,6 @@ def tokenized_splits(kind: DataKind, tokenizer: PreTrainedTokenizerBase, run_: R
     """
     splits = prepared_splits(kind, tokenizer, run_)
     for name, split in splits.items():
-        if name == TRAIN and kind is PAIRS:
-            log_samples(split.texts)
         logger.info("%s: %s; %s", name, split.report, split.notes[0])
         for note in [*split.notes[1:], *split.report.places]:
             logger.info("%s: %s", name, note)
@@ -137,8 +135,10 @@ def tokenize_pair_rows(
     texts = prepare.to_pair_texts(rows, tokenizer, **text_settings(run_))
     usable, found = usable_rows(name, texts, tokenizer, run_)
     texts, rows = (each if len(usable) == len(each) else each.select(usable) for each in (texts, rows))
+    if name.startswith(TRAIN):
+        log_samples(texts)
     tokens = prepare.to_tokens(texts, tokenizer, args.length_rules, num_proc=run_.workers)
-    if name == TEST:
+    if not name.startswith(TRAIN):
         tokens = with_hashes(tokens, rows)
     notes = [prepare.describe_tokens(tokens, dropped=len(texts) - len(tokens), rules=args.length_rules)]
     if args.preprocessing == "published":

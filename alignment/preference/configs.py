@@ -37,6 +37,10 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda value: value in ("auto", "all") or (not isinstance(value, str) and value >= 0),
         "must be auto, all or a number that is not negative",
     ),
+    "neftune_noise_alpha": (
+        lambda value: not value,
+        "is not supported for pairs: its noise goes by a row's length, which padding and packing change; remove it",
+    ),
     "train_probe": (lambda value: value >= 0, "must not be negative"),
 }
 

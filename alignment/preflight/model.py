@@ -13,6 +13,7 @@ from ..errors import UserError
 from ..model.adapters import continues, lora_config
 from ..model.loading import find_adapter, first_line, parameter_dtype
 from ..model.shared_prompt import why_not
+from ..model.text_part import freeze_other_parts, outside_text
 from ..model.vocabulary import highest_id, refuse_unknown_ids
 from ..recipe.configs import ModelArguments, RunArguments
 
@@ -43,7 +44,9 @@ def skeleton_of(model_args: ModelArguments, args: RunArguments, config: PreTrain
             )
             reason, used = padded_because(model, args), model.config.get_text_config()._attn_implementation
             count = sum(parameter.numel() for parameter in model.parameters())
+            freeze_other_parts(model)  # as the trainer does
             if (adapter := adapter_config(model_args, config)) is not None:
+                adapter.exclude_modules = adapter.exclude_modules or outside_text(model)
                 model = get_peft_model(model, adapter)
     except (ValueError, ImportError, TypeError) as error:
         raise UserError(

@@ -25,6 +25,7 @@ ORDER = {
         "endings",
         "loading",
         "companions",
+        "text_part",
         "adapters",
         "adapter_checks",
         "layers",
@@ -32,7 +33,7 @@ ORDER = {
         "shared_prompt",
         "saved",
     ],
-    "data": ["files", "sources", "rows", "mixing", "template", "chat", "tokenization", "prepare", "splits"],
+    "data": ["files", "sources", "rows", "mixing", "template", "chat", "tokenization", "prepare", "splits", "handed"],
     "run": [
         "output",
         "run_folder",
