@@ -80,7 +80,7 @@ $(OLD_TORCH)/installed: setup.cfg pyproject.toml constraints.txt
 	@touch $@
 
 bench: $(STAMP)
-	@for file in $(filter-out benchmarks/gpu_proof.py,$(wildcard benchmarks/*.py)); do echo "== $$file"; $(RUN) $$file || exit 1; done
+	@for file in $(filter-out benchmarks/gpu_proof.py benchmarks/memory_processes.py,$(wildcard benchmarks/*.py)); do echo "== $$file"; $(RUN) $$file || exit 1; done
 
 # Not in .venv, but by the interpreter that has a torch for the GPU: make gpu-proof PYTHON=python3 PROOF="--out proof"
 gpu-proof:
