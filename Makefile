@@ -1,4 +1,4 @@
-# setup · quickstart · test · test-all · test-newest · test-torch-2.11 · style · bench · gpu-proof
+# setup · quickstart · test · test-all · test-newest · test-torch-2.11 · style · bench · review-proof · gpu-proof
 # Every target first builds .venv where it is missing or older than the files that describe it.
 
 PYTHON ?= python3
@@ -14,7 +14,7 @@ TORCH ?= torch
 # One stamp for each set of extras, so that asking for another set installs it.
 STAMP := $(VENV)/installed-$(EXTRAS)
 
-.PHONY: setup quickstart test test-all test-trackers test-transformers-4 test-newest test-torch-2.11 style bench gpu-proof
+.PHONY: setup quickstart test test-all test-trackers test-transformers-4 test-newest test-torch-2.11 style bench review-proof gpu-proof
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -80,7 +80,14 @@ $(OLD_TORCH)/installed: setup.cfg pyproject.toml constraints.txt
 	@touch $@
 
 bench: $(STAMP)
-	@for file in $(filter-out benchmarks/gpu_proof.py benchmarks/memory_processes.py,$(wildcard benchmarks/*.py)); do echo "== $$file"; $(RUN) $$file || exit 1; done
+	@for file in $(filter-out benchmarks/gpu_proof.py benchmarks/memory_processes.py benchmarks/review_%.py,$(wildcard benchmarks/*.py)); do echo "== $$file"; $(RUN) $$file || exit 1; done
+
+# How far a review is right: simulated record sets, and runs on the quickstart's model that are built to go wrong. A quarter
+# of an hour after the quickstart.
+review-proof: quickstart
+	@$(RUN) benchmarks/review_coverage.py
+	@$(RUN) benchmarks/review_power.py
+	@$(RUN) benchmarks/review_runs.py
 
 # Not in .venv, but by the interpreter that has a torch for the GPU: make gpu-proof PYTHON=python3 PROOF="--out proof"
 gpu-proof:

@@ -33,6 +33,7 @@ from .model.adapters import base_identity, settle_adapter, start_identity, start
 from .model.loading import check_attention, check_model_path, model_init_kwargs
 from .preflight.dry_run import dry_run
 from .recipe.configs import DataArguments, ModelArguments, Run, RunArguments
+from .recipe.idle import idle_keys
 from .recipe.parser import Check, H4ArgumentParser, full_recipe
 from .recipe.rehearsal import loading_problems, metric_problem, rehearse
 from .run.checkpoints import Checkpoint, Identity
@@ -99,16 +100,25 @@ def run(method: Method, argv: Sequence[str] | None = None) -> DurableTrainer | N
     TrainingStopped if training broke down.
     """
     parser = H4ArgumentParser((ModelArguments, DataArguments, method.config))
-    model_args, data_args, training_args = parser.parse(argv, recipe_checks(method))
+    arguments = parser.parse(argv, recipe_checks(method))
+    with parser.placing():
+        return begin(method, parser, *arguments)
+
+
+def begin(
+    method: Method, parser: H4ArgumentParser, model_args: ModelArguments, data_args: DataArguments, training_args: RunArguments
+) -> DurableTrainer | None:
+    """What a recipe asks for, once it is read."""
     set_up_logging(training_args)
-    for notice in (*parser.notices, *settle(training_args, parser.recipe)):
+    notices = [*parser.notices, *idle_keys(parser), *settle(training_args, parser.recipe)]
+    for notice in notices:
         logger.info(notice)
     logger.info("Objective: %s.", training_args.objective)
     recipe = training_args.followed_defaults | parser.recipe
     run_ = Run(model_args, data_args, training_args, full_recipe(recipe, parser.dataclass_types))
     check(run_, parser)
     if training_args.dry_run:
-        dry_run(method.data, run_, parser)
+        dry_run(method.data, run_, parser, notices)
         return None
     if training_args.prepare_only:
         tokenized_splits(method.data, ready_tokenizer(run_), run_._replace(date=today()))
@@ -358,7 +368,7 @@ def train(trainer: DurableTrainer, checkpoint: Checkpoint | None) -> None:
 
 
 def evaluate(trainer: Trainer, run_: Run) -> None:
-    """eval_results.json, and where the trainer scores pairs, eval_pairs.jsonl with each held-out one's, before and after."""
+    """eval_results.json, and where the trainer scores pairs, each held-out and each probe pair's before and after."""
     unrounded = trainer.unrounded_figures = before_rounding(trainer)
     try:
         metrics = trainer.evaluate()
@@ -369,6 +379,8 @@ def evaluate(trainer: Trainer, run_: Run) -> None:
     trainer.save_metrics("eval", metrics | ({"eval_before_rounding": unrounded} if unrounded else {}))
     if hasattr(trainer, "pair_records") and trainer.is_world_process_zero():
         write_jsonl(run_.output_dir / "eval_pairs.jsonl", trainer.pair_records())
+        if probe := trainer.pair_records("probe"):
+            write_jsonl(run_.output_dir / "probe_pairs.jsonl", probe)
 
 
 def finish(trainer: Trainer, run_: Run) -> None:

@@ -112,7 +112,7 @@ class PairConfig(RunArguments, TrainingArguments):
     )
     score_step_0: bool = field(
         default=True,
-        metadata={"help": "Score the held-out pairs before the first step too, for eval_pairs.jsonl: what training changed."},
+        metadata={"help": "Score the held-out pairs and the probe's before the first step too: what training changed."},
     )
     train_probe: int = field(
         default=256,

@@ -46,7 +46,7 @@ class WillNotFit(TrainingStopped):
     """A run that would start, and end out of memory."""
 
 
-def dry_run(kind: DataKind, run_: Run, parser: H4ArgumentParser) -> None:
+def dry_run(kind: DataKind, run_: Run, parser: H4ArgumentParser, notices: list[str]) -> None:
     """Print what the run would be; nothing is loaded, trained, or written into output_dir.
 
     Raises UserError where a run would be refused, and WillNotFit if it needs more memory than gpu_memory.
@@ -66,8 +66,8 @@ def dry_run(kind: DataKind, run_: Run, parser: H4ArgumentParser) -> None:
     )
     values = origins(parser, args)
     report.recipe(parser.place, values)
-    report.lines([f"objective: {args.objective}", *parser.notices])
-    tokenizer, source = tokenizer_and_source(run_)
+    report.lines([f"objective: {args.objective}", *notices])
+    tokenizer, source = tokenizer_and_source(run_.model_args, run_.data_args, preprocessing=args.preprocessing)
     attention = run_.model_args.attn_implementation or skeleton.attention
     report.model(run_.model_args.model_name_or_path, skeleton, source, attention)
     splits = prepared_splits(kind, tokenizer, run_._replace(date=date_of(run_)))

@@ -32,9 +32,9 @@ SHARING_S = 60.0  # a network disk may show a new file late
 # What a run writes into its folder, and would write over.
 WRITTEN = (
     "*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "*config.json", "README.md", "recipe.yaml",
-    "environment.json", "metrics.jsonl", "eval_pairs.jsonl", "nonfinite_rows.jsonl", "curves.png", "*_results.json",
-    "trainer_state.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja",
-    "training_args.bin", "checkpoint-*", "base", "shards",
+    "environment.json", "metrics.jsonl", "eval_pairs.jsonl", "probe_pairs.jsonl", "nonfinite_rows.jsonl", "curves.png",
+    "*_results.json", "trainer_state.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
+    "merges.txt", "*.jinja", "training_args.bin", "checkpoint-*", "base", "shards",
 )  # fmt: skip
 
 
@@ -46,11 +46,23 @@ def folder_problems(values: SimpleNamespace) -> list[Problem]:
     output_dir = Path(values.output_dir or "trainer_output")
     if values.prepare_only:
         return cache_problems(values)
-    advice, unwritable_here = inputs_there(output_dir, values) or foreign_files(output_dir), unwritable(output_dir)
+    advice = no_name(output_dir) or inputs_there(output_dir, values) or foreign_files(output_dir)
     problems = [Problem("output_dir", str(output_dir), advice)] if advice else []
-    if unwritable_here and not problems:
+    if not problems and (unwritable_here := unwritable(output_dir)):
         problems = [Problem("output_dir", str(output_dir), unwritable_here, is_local=True)]
     return [*problems, *cache_problems(values)]
+
+
+def no_name(folder: Path) -> str | None:
+    """What no file system takes for one: too long, a NUL in it, a link to itself."""
+    try:
+        folder.lstat()
+        folder.stat()
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return None
+    except (OSError, ValueError) as error:
+        return f"cannot be a folder ({getattr(error, 'strerror', None) or error}); choose another"
+    return None
 
 
 def inputs_there(output_dir: Path, values: SimpleNamespace) -> str | None:

@@ -177,13 +177,30 @@ def test_evaluation_gives_the_loss_of_all_held_out_pairs_and_the_probes_figures_
 
 def probe_margin(method: str, model: PreTrainedModel, seed: int) -> float:
     """Of 7 training pairs, as many as are held out, drawn with the seed."""
-    rows = [ROWS[number] for number in sorted(random.Random(seed).sample(range(len(ROWS)), 7))]
+    rows = [ROWS[number] for number in probe_numbers(seed, 7)]
     logps = reference.summed_logps if method == "dpo" else reference.mean_logps
     chosen, rejected = logps(model, rows)
     if method == "dpo":
         reference_chosen, reference_rejected = logps(double(), rows)
         chosen, rejected = chosen - reference_chosen, rejected - reference_rejected
     return BETA[method] * (chosen - rejected).mean().item()
+
+
+def probe_numbers(seed: int, count: int) -> list[int]:
+    return sorted(random.Random(seed).sample(range(len(ROWS)), count))
+
+
+@every_method
+def test_every_pair_of_the_probe_has_a_row_before_the_first_step_and_one_at_the_end(build, method):
+    trainer = build(method, double(), held_out=ROWS[:5], per_device_train_batch_size=4)
+    trainer.train()
+    trainer.evaluate()
+    rows, numbers = trainer.pair_records("probe"), probe_numbers(trainer.args.seed, 5)
+    assert [(row["step"], row["index"]) for row in rows] == [(step, number) for step in (0, 2) for number in numbers]
+    assert set(rows[0]) == set(trainer.pair_records()[0])
+    for step, model in ((0, double()), (2, trainer.model)):
+        chosen, _ = reference.summed_logps(model, [ROWS[number] for number in numbers])
+        assert [row["chosen_logp"] for row in rows if row["step"] == step] == pytest.approx(chosen.tolist(), abs=1e-5)
 
 
 @every_method
@@ -241,3 +258,33 @@ def test_the_card_names_the_objective_its_loss_and_whether_it_has_a_reference(bu
     for part in (f"[{objective.name}]({objective.paper.url})", f"`{objective.formula}`", f"| reference | {reference_row} |"):
         assert part in card
     assert f"| beta | {BETA[method]} |" in card
+
+
+@every_method
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+@pytest.mark.parametrize("preprocessing", ["published", "exact"])
+def test_held_out_pairs_are_evaluated_within_the_token_budget_to_the_same_figures(
+    build, method, layout, preprocessing, monkeypatch
+):
+    """Also the cross-entropies of the published rules, which go by an evaluation's batches of so many pairs."""
+    settings = {"pair_layout": layout, "preprocessing": preprocessing, "sft_weight": 0.5, "per_device_eval_batch_size": 2}
+    fixed, by_tokens = (
+        build(method, double(), held_out=ROWS[:7], max_tokens_per_micro_batch=budget, **settings) for budget in (None, 100)
+    )
+    seen = []
+    score = type(by_tokens).concatenated_forward
+    monkeypatch.setattr(
+        type(by_tokens), "concatenated_forward", lambda self, model, batch: seen.append(batch) or score(self, model, batch)
+    )
+    wanted, fixed_batches = figures(fixed.evaluate()), len(seen)
+    seen.clear()
+    assert figures(by_tokens.evaluate()) == pytest.approx(wanted, rel=1e-6, abs=1e-9)
+    assert len(seen) < fixed_batches
+    counts = [batch["token_counts"] for batch in seen]
+    assert max(count.padded if layout == "padded" else count.distinct for count in counts) <= 100
+    ours, theirs = (trainer.eval_pairs["eval"] for trainer in (fixed, by_tokens))
+    assert list(ours["index"]) == list(theirs["index"])
+
+
+def figures(metrics: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in metrics.items() if not any(word in name for word in ("second", "time", "memory"))}
