@@ -355,7 +355,7 @@ def train(trainer: DurableTrainer, checkpoint: Checkpoint | None) -> None:
 
 
 def evaluate(trainer: Trainer, run_: Run) -> None:
-    """eval_results.json, and where the trainer scores pairs, eval_pairs.jsonl with each held-out one's, before and after."""
+    """eval_results.json, and where the trainer scores pairs, each held-out and each probe pair's before and after."""
     unrounded = trainer.unrounded_figures = before_rounding(trainer)
     try:
         metrics = trainer.evaluate()
@@ -366,6 +366,8 @@ def evaluate(trainer: Trainer, run_: Run) -> None:
     trainer.save_metrics("eval", metrics | ({"eval_before_rounding": unrounded} if unrounded else {}))
     if hasattr(trainer, "pair_records") and trainer.is_world_process_zero():
         write_jsonl(run_.output_dir / "eval_pairs.jsonl", trainer.pair_records())
+        if probe := trainer.pair_records("probe"):
+            write_jsonl(run_.output_dir / "probe_pairs.jsonl", probe)
 
 
 def finish(trainer: Trainer, run_: Run) -> None:

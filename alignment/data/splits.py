@@ -20,7 +20,6 @@ from ..model.loading import load_tokenizer
 from ..recipe.configs import Run
 from . import chat, prepare, template
 from .mixing import count_reasons, flaws_of, get_datasets, listing
-from .sources import TEST
 from .tokenization import SIDES
 
 logger = logging.getLogger(__name__)
@@ -109,8 +108,7 @@ def tokenize_pair_rows(name: str, rows: Dataset, tokenizer: PreTrainedTokenizerB
     if name == "train":
         log_samples(texts)
     tokens = prepare.to_tokens(texts, tokenizer, args.length_rules, num_proc=run_.workers)
-    if name == TEST:
-        tokens = with_hashes(tokens, rows)
+    tokens = with_hashes(tokens, rows)  # of training pairs too: some are recorded, as the probe
     notes = [prepare.describe_tokens(tokens, dropped=len(texts) - len(tokens), rules=args.length_rules)]
     if args.preprocessing == "published":
         notes.append(prepare.describe_published(texts, tokens, tokenizer))

@@ -1,4 +1,4 @@
-"""A row for each held-out pair: what any objective can be judged by, whichever one was trained."""
+"""A row for each held-out pair and each of the training probe: what any objective can be judged by."""
 
 from typing import Any
 

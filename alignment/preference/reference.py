@@ -5,6 +5,7 @@ Scored once, by the forward that trains, and kept in the run's folder and in its
 
 import hashlib
 import logging
+import random
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,7 +37,7 @@ from .scores import PairScores
 logger = logging.getLogger(__name__)
 
 REFERENCE, STEP_0 = "reference", "step_0"  # folders in _run and in every checkpoint, with a reference or without
-TRAIN = "train"
+TRAIN, PROBE = "train", "probe"
 COLUMNS = ("index", "chosen_logp", "rejected_logp", "chosen_tokens", "rejected_tokens")
 
 
@@ -64,7 +65,7 @@ class ScoredFirst(DurableTrainer):
     max_tokens: int | None  # of a batch; None: args.eval_batch_size pairs
 
     def __init__(self, *args: Any, **kwargs: Any):
-        self.step_zero: dict[str, StepZero] = {}  # TRAIN, and the held-out sets by the prefix of their metrics
+        self.step_zero: dict[str, StepZero] = {}  # TRAIN or PROBE, and the held-out sets by the prefix of their metrics
         self.reference_tables: dict[str, Tensor] = {}  # by the SHA-256 of the data
         super().__init__(*args, **kwargs)
 
@@ -85,8 +86,16 @@ class ScoredFirst(DurableTrainer):
         return {} if self.eval_dataset is None else {"eval": self.eval_dataset}
 
     def to_score(self) -> dict[str, Dataset]:
-        held_out = self.held_out_sets() if self.has_reference or self.args.score_step_0 else {}
-        return ({TRAIN: self.train_dataset} if self.has_reference else {}) | held_out
+        if self.has_reference:
+            return {TRAIN: self.train_dataset} | self.held_out_sets()  # the probe's pairs are training pairs
+        probe = self.probe_rows()
+        return ({} if probe is None else {PROBE: probe}) | self.held_out_sets() if self.args.score_step_0 else {}
+
+    def probe_rows(self) -> Dataset | None:
+        """Some training pairs, the same ones each time, that are scored as the held-out ones are; at most as many as those."""
+        rows, held_out = self.train_dataset, next(iter(self.held_out_sets().values()), None)
+        count = 0 if rows is None or held_out is None else min(self.args.train_probe, len(held_out), len(rows))
+        return rows.select(sorted(random.Random(self.args.seed).sample(range(len(rows)), count))) if count else None
 
     # ---- Before the first step ----
 

@@ -1,7 +1,6 @@
 """PairTrainer: the HF Trainer on preference pairs, whatever the objective."""
 
 import logging
-import random
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from .collate import Batch, PackedCollator, PaddedCollator
 from .configs import PairConfig
 from .losses import response_sums
 from .records import pair_columns, rows_of
-from .reference import ScoredFirst
+from .reference import PROBE, TRAIN, ScoredFirst
 from .scores import CrossEntropy, PairLosses, PairScores, pair_metrics
 from .steps import DividedSteps, StepClock, StepSize, check_token_budget, counts_of
 from .throughput import Throughput, dense_flops
@@ -70,7 +69,7 @@ class PairTrainer(DividedSteps, ScoredFirst):
         self.base_model_name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", None)
         self.dataset_names: list[str] = []  # for the model card
         self.template_settings: dict[str, Any] | None = None  # the recipe's chat_template_kwargs, for the card too
-        self.eval_pairs: dict[str, dict[str, np.ndarray]] = {}  # of the last evaluation, by metric prefix
+        self.eval_pairs: dict[str, dict[str, np.ndarray]] = {}  # of the last evaluation, by metric prefix; and the PROBE's
         self.objective = args.objective
 
         if args.max_length is None or args.max_prompt_length is None:
@@ -272,33 +271,46 @@ class PairTrainer(DividedSteps, ScoredFirst):
         means = self.evaluation_means(scores, outcome, about)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
         if metric_key_prefix == next(iter(self.held_out_sets()), None):
-            output.metrics.update(self.probe_metrics(self.num_examples(dataloader)))
+            output.metrics.update(self.probe_metrics())
         self.eval_pairs[metric_key_prefix] = pair_columns(self.state.global_step, rows, about["index"], scores, outcome)
         return output
 
-    def probe_metrics(self, held_out: int) -> dict[str, float]:
-        """The metrics of some training pairs, the same ones each time, scored as the held-out ones are."""
-        rows = self.train_dataset
-        if rows is None or not (count := min(self.args.train_probe, held_out, len(rows))):
+    def probe_metrics(self) -> dict[str, float]:
+        """The metrics of the probe's pairs, whose columns are kept as the held-out ones' are."""
+        drawn = self.probe_rows()
+        if drawn is None:
             return {}
-        drawn = rows.select(sorted(random.Random(self.args.seed).sample(range(len(rows)), count)))
         scored = self.score(drawn, "the training probe")
-        scores = self.with_reference(PairScores.of(scored), scored["index"], rows)
-        metrics = pair_metrics(scores, self.pair_losses(scores), per_token=self.objective.per_token)
+        scores = self.with_reference(PairScores.of(scored), scored["index"], self.train_dataset)
+        outcome = self.pair_losses(scores)
+        self.eval_pairs[PROBE] = pair_columns(self.state.global_step, drawn, scored["index"], scores, outcome)
+        metrics = pair_metrics(scores, outcome, per_token=self.objective.per_token)
         # What is kept of scores has no logits.
         known = {name: values.double().mean().item() for name, values in metrics.items() if not name.startswith("logits/")}
         return {f"probe_{name}": value for name, value in known.items()}
 
-    def pair_records(self) -> list[dict[str, Any]]:
-        """A row for each held-out pair before the first step, and for each one of the last evaluation."""
-        before = self.step_zero.get("eval") if self.args.score_step_0 else None
+    def pair_records(self, of: str = "eval") -> list[dict[str, Any]]:
+        """A row for each held-out pair, or each of the PROBE, before the first step and in the last evaluation."""
+        before, rows = self.before_training(of), self.train_dataset if of == PROBE else self.eval_dataset
         tables = []
         if before is not None:
-            index, rows = before.columns["index"], self.eval_dataset
-            scores = self.with_reference(PairScores.of(before.columns), index, rows)
-            tables.append(pair_columns(0, rows, index, scores, self.pair_losses(scores)))
-        tables += [self.eval_pairs["eval"]] if "eval" in self.eval_pairs else []
+            scores = self.with_reference(PairScores.of(before), before["index"], rows)
+            tables.append(pair_columns(0, rows, before["index"], scores, self.pair_losses(scores)))
+        tables += [self.eval_pairs[of]] if of in self.eval_pairs else []
         return [row for table in tables for row in rows_of(table)]
+
+    def before_training(self, of: str) -> dict[str, Tensor] | None:
+        """Columns of the scores before the first step; the probe's are among the training pairs', where those were scored."""
+        if not self.args.score_step_0:
+            return None
+        if of in self.step_zero:
+            return self.step_zero[of].columns
+        drawn = self.probe_rows() if of == PROBE and TRAIN in self.step_zero else None
+        if drawn is None:
+            return None
+        columns = self.step_zero[TRAIN].columns
+        members = torch.isin(columns["index"], torch.tensor(list(drawn["index"])))
+        return {name: column[members] for name, column in columns.items()}
 
     def evaluation_means(self, scores: PairScores, outcome: PairLosses, about: dict[str, Tensor]) -> dict[str, float]:
         """The metrics of a data set, over all its pairs."""

@@ -31,7 +31,7 @@ AUTOMATIC = (None, "auto", "true", "True")
 # What a run ends with, beside what every run writes anew. An adapter left beside a whole model would be loaded on top of it.
 END_FILES = (
     "*.safetensors", "*.safetensors.index.json", "adapter_config.json", "config.json", "shards", "*_results.json",
-    "eval_pairs.jsonl", "curves.png", "_run/status.json", "_run/reference", "_run/step_0",
+    "eval_pairs.jsonl", "probe_pairs.jsonl", "curves.png", "_run/status.json", "_run/reference", "_run/step_0",
 )  # fmt: skip
 # Keys that leave the trained weights alone; anything else that differs makes another run.
 HARMLESS = (

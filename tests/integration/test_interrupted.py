@@ -201,7 +201,8 @@ def test_a_run_that_saves_nothing_and_is_stopped_after_training_trains_no_step_a
     assert f"Resuming from {tmp_path / f'checkpoint-{last}'}" in ended.printed
     whole = unbroken(*options)
     assert_same_end(tmp_path, whole)
-    assert (tmp_path / "eval_pairs.jsonl").read_bytes() == (whole / "eval_pairs.jsonl").read_bytes()
+    for name in ("eval_pairs.jsonl", "probe_pairs.jsonl"):
+        assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
     assert figures(tmp_path / "eval_results.json") == figures(whole / "eval_results.json")
 
 

@@ -40,7 +40,8 @@ def assert_goes_on(start: Callable, folder: Path, unbroken: Path) -> str:
     assert ended.status == 0, ended.printed
     assert_same_end(folder, unbroken)
     assert reference_of(folder) == reference_of(unbroken)
-    assert read_jsonl(folder / "eval_pairs.jsonl") == read_jsonl(unbroken / "eval_pairs.jsonl")
+    for name in ("eval_pairs.jsonl", "probe_pairs.jsonl"):
+        assert read_jsonl(folder / name) == read_jsonl(unbroken / name)
     return ended.printed
 
 

@@ -177,13 +177,30 @@ def test_evaluation_gives_the_loss_of_all_held_out_pairs_and_the_probes_figures_
 
 def probe_margin(method: str, model: PreTrainedModel, seed: int) -> float:
     """Of 7 training pairs, as many as are held out, drawn with the seed."""
-    rows = [ROWS[number] for number in sorted(random.Random(seed).sample(range(len(ROWS)), 7))]
+    rows = [ROWS[number] for number in probe_numbers(seed, 7)]
     logps = reference.summed_logps if method == "dpo" else reference.mean_logps
     chosen, rejected = logps(model, rows)
     if method == "dpo":
         reference_chosen, reference_rejected = logps(double(), rows)
         chosen, rejected = chosen - reference_chosen, rejected - reference_rejected
     return BETA[method] * (chosen - rejected).mean().item()
+
+
+def probe_numbers(seed: int, count: int) -> list[int]:
+    return sorted(random.Random(seed).sample(range(len(ROWS)), count))
+
+
+@every_method
+def test_every_pair_of_the_probe_has_a_row_before_the_first_step_and_one_at_the_end(build, method):
+    trainer = build(method, double(), held_out=ROWS[:5], per_device_train_batch_size=4)
+    trainer.train()
+    trainer.evaluate()
+    rows, numbers = trainer.pair_records("probe"), probe_numbers(trainer.args.seed, 5)
+    assert [(row["step"], row["index"]) for row in rows] == [(step, number) for step in (0, 2) for number in numbers]
+    assert set(rows[0]) == set(trainer.pair_records()[0])
+    for step, model in ((0, double()), (2, trainer.model)):
+        chosen, _ = reference.summed_logps(model, [ROWS[number] for number in numbers])
+        assert [row["chosen_logp"] for row in rows if row["step"] == step] == pytest.approx(chosen.tolist(), abs=1e-5)
 
 
 @every_method

@@ -1,0 +1,174 @@
+"""What a run left, read: a run folder of this suite, another trainer's output folder, or a bare log."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ...errors import UserError
+from .logs import Log, LogSignals, log_signals, raw_records, read_log
+from .pairs import Pairs, pairs_of
+from .signals import Replies, Signals, replies_of, signals_of
+
+HELD_OUT_FILE, PROBE_FILE, SAMPLES_FILE = "eval_pairs.jsonl", "probe_pairs.jsonl", "samples.jsonl"
+LOGS = ("metrics.jsonl", "trainer_state.json", "checkpoint-*/trainer_state.json", "trainer_log.jsonl")
+# What runs of one cell may differ in: the seed, and where and how a run was carried out.
+NOT_OF_A_CELL = (
+    "seed", "data_seed", "output_dir", "run_name", "logging_dir", "hub_model_id", "report_to", "disable_tqdm", "log_level",
+    "save_steps", "save_strategy", "save_total_limit", "save_minutes", "resume_from_checkpoint", "push_to_hub",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One run. name: unique among those that are read together. log: None for a folder that has pairs and no log."""
+
+    name: str
+    path: Path
+    log: Log | None = None
+    held_out_log: Log | None = None  # a separate one
+    held_out: Pairs | None = None
+    probe: Pairs | None = None
+    replies: Replies | None = None
+    recipe: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def objective(self) -> str | None:
+        """Its name, as the run recorded it."""
+        return self.environment.get("objective", {}).get("name")
+
+    @property
+    def seed(self) -> int | None:
+        return self.recipe.get("seed")
+
+    @property
+    def gamma(self) -> float | None:
+        """The margin, in units of reward, that a loss -log sigmoid(margin - gamma) asks for; None where the loss is another."""
+        recipe = self.recipe
+        if recipe.get("loss_type") not in ("sigmoid", "alphapo") or recipe.get("label_smoothing"):
+            return None
+        return (recipe.get("beta") or 0.0) * recipe.get("gamma_beta_ratio", 0.0)
+
+    @property
+    def cell(self) -> str | None:
+        """Equal for runs of one recipe but for the seed; None without a recipe."""
+        kept = {key: value for key, value in self.recipe.items() if key not in NOT_OF_A_CELL}
+        return json.dumps([self.objective, kept], sort_keys=True, default=str) if kept else None
+
+    def log_signals(self) -> LogSignals | None:
+        return log_signals(self.log, self.held_out_log) if self.log else None
+
+    def signals(self) -> Signals:
+        return signals_of(
+            self.held_out,
+            self.probe,
+            gamma=self.gamma,
+            replies=self.replies,
+            log=self.log_signals(),
+            is_chosen_step=bool(self.recipe.get("load_best_model_at_end")),
+        )
+
+
+def read_runs(paths: Sequence[Path], eval_log: Path | None = None) -> list[Reading]:
+    """Each path's run. Raises UserError for a path that holds none, and for an eval_log of several runs."""
+    if eval_log is not None and len(paths) > 1:
+        raise UserError(f"--eval_log {eval_log}: belongs to one run, and {len(paths)} were given; review them one by one")
+    return [read_run(path, name, eval_log) for path, name in zip(paths, names_of(paths), strict=True)]
+
+
+def names_of(paths: Sequence[Path]) -> list[str]:
+    """The last parts of each path, as many as it takes to tell them apart. Raises UserError for one that stands twice."""
+    parts = [path.resolve().parts for path in paths]
+    for number, path in enumerate(paths):
+        if parts[number] in parts[:number]:
+            raise UserError(f"{path}: given twice")
+    depth = 1
+    while len({each[-depth:] for each in parts}) < len(parts):
+        depth += 1
+    return ["/".join(each[-depth:]) for each in parts]
+
+
+def read_run(path: Path, name: str | None = None, eval_log: Path | None = None) -> Reading:
+    """A run folder or a bare log. Raises UserError where there is nothing that can be reviewed."""
+    name = name or path.resolve().name
+    held_out_log = None if eval_log is None else read_log(eval_log, unprefixed="eval")
+    if path.is_file():
+        return Reading(name, path, read_log(path), held_out_log)
+    if not path.is_dir():
+        raise UserError(f"{path}: there is no such folder or log")
+    log_path = find_log(path)
+    notes: list[str] = []
+    held_out, probe = (read_pairs(path / file, notes) for file in (HELD_OUT_FILE, PROBE_FILE))
+    if log_path is None and held_out is None:
+        raise UserError(f"{path}: no run was logged here: neither {', '.join(LOGS)} nor {HELD_OUT_FILE}")
+    recipe, environment = read_yaml(path / "recipe.yaml"), read_json(path / "environment.json")
+    status = read_json(path / "_run" / "status.json").get("state", "finished")
+    if status != "finished":
+        notes.append(f"this run is not finished: {status}")
+    log = None if log_path is None else read_log(log_path)
+    replies = read_replies(path / SAMPLES_FILE, notes)
+    return Reading(name, path, log, held_out_log, held_out, probe, replies, recipe, environment, tuple(notes))
+
+
+def find_log(folder: Path) -> Path | None:
+    """Of what a trainer leaves, the fullest; of checkpoints the newest."""
+    for pattern in LOGS:
+        found = sorted(folder.glob(pattern), key=lambda path: path.stat().st_mtime)
+        if found:
+            return found[-1]
+    return None
+
+
+def read_pairs(path: Path, notes: list[str]) -> Pairs | None:
+    if not path.exists():
+        return None
+    rows, malformed = raw_records(path.read_text(encoding="utf-8", errors="replace"))
+    pairs = pairs_of(rows, str(path))
+    if malformed:
+        notes.append(f"{path.name}: {malformed} malformed lines left out")
+    if pairs is None:
+        notes.append(f"{path.name}: no pair was scored after the last step")
+    return pairs
+
+
+def read_replies(path: Path, notes: list[str]) -> Replies | None:
+    """Of a samples.jsonl: rows with step, prompt, response, and tokens where they were counted. Step 0 against the last."""
+    if not path.exists():
+        return None
+    rows, malformed = raw_records(path.read_text(encoding="utf-8", errors="replace"))
+    if malformed:
+        notes.append(f"{path.name}: {malformed} malformed lines left out")
+    rows = [row for row in rows if {"step", "prompt", "response"} <= set(row)]
+    last = max((row["step"] for row in rows), default=0)
+    if last == 0:
+        return None
+    by_prompt = [{json.dumps(row["prompt"]): row for row in rows if row["step"] == step} for step in (0, last)]
+    pairs = [(by_prompt[0][prompt], after) for prompt, after in by_prompt[1].items() if prompt in by_prompt[0]]
+    before, after = [old["response"] for old, _ in pairs], [new["response"] for _, new in pairs]
+    counted = all("tokens" in row for pair in pairs for row in pair)
+    tokens = ([old["tokens"] for old, _ in pairs], [new["tokens"] for _, new in pairs]) if counted else None
+    return replies_of(before, after, tokens)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A run's recipe; empty where there is none. Raises UserError for one that is damaged."""
+    if not path.exists():
+        return {}
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not YAML ({error})") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: not JSON ({error})") from error
