@@ -69,7 +69,8 @@ def make_cell(
     own = {key: entry for value in values for key, entry in value.keys.items()}
     method = own.pop(METHOD, matrix.method)
     name = "-".join(value.name for value in values)
-    kept, dropped = inherited(base, own, method, methods)
+    shared = replaced(base, matrix.settings, parser_of(methods[method].config)) | matrix.settings
+    kept, dropped = inherited(shared, own, method, methods)
     by_axis = {axis.name: value.name for axis, value in zip(matrix.axes, values, strict=True)}
     return Cell(name, by_axis, method, kept | own, dropped, matrix.output_dir / "cells" / name, is_fallback)
 
@@ -86,8 +87,7 @@ def inherited(
     """
     parser = parser_of(methods[method].config)
     others = [parser_of(other.config) for name, other in methods.items() if name != method]
-    replaced = {parser.present_key(key) for key in own}
-    left = {key: value for key, value in base.items() if parser.present_key(key) not in replaced}
+    left = replaced(base, own, parser)
     dropped = [
         key
         for key, value in left.items()
@@ -96,6 +96,12 @@ def inherited(
     kept = {key: value for key, value in left.items() if key not in dropped}
     unread = unread_keys(methods[method].config, kept | dict(own))
     return {key: value for key, value in kept.items() if key not in unread}, tuple(dropped + [key for key in kept if key in unread])
+
+
+def replaced(base: Mapping[str, Any], own: Mapping[str, Any], parser: H4ArgumentParser) -> dict[str, Any]:
+    """What is left of the base beside `own`, in whatever spelling."""
+    keys = {parser.present_key(key) for key in own}
+    return {key: value for key, value in base.items() if parser.present_key(key) not in keys}
 
 
 @functools.cache

@@ -28,6 +28,7 @@ SPELLINGS = RENAMED | {key: present for key, (present, _) in SWITCHES.items()}
 OF_THE_CELL = ("output_dir", "run_name", "logging_dir")  # differ between cells, and change nothing
 DATA = tuple(each.name for each in fields(DataArguments) if each.name != "preprocessing_num_workers")
 LENGTHS = {"max_length": "length_limit", "max_prompt_length": "prompt_limit"}  # key -> what a config makes of it
+MANY = 4  # names of cells in one line
 # What cells have in common, unless an axis is about it: the keys that ask for it.
 COMMON = {
     "tokens": (
@@ -158,7 +159,11 @@ def cell_problems(parsed: Parsed) -> Iterable[Problem]:
 
 def by_cells(lines: Mapping[str, list[str]], cells: Sequence[Cell]) -> list[str]:
     """Each line once, with the cells that it is about."""
-    return [f"{'all cells' if len(names) == len(cells) else ', '.join(names)}: {line}" for line, names in lines.items()]
+    return [f"{'all cells' if len(names) == len(cells) else some_of(names)}: {line}" for line, names in lines.items()]
+
+
+def some_of(names: Sequence[str]) -> str:
+    return ", ".join(names) if len(names) <= MANY else f"{', '.join(names[:MANY])} and {len(names) - MANY} more"
 
 
 # ---- What makes cells comparable ----
@@ -178,7 +183,7 @@ def incomparable(axes: Sequence[Axis], parsed: Sequence[Parsed]) -> Iterable[str
                 differing = "; ".join(f"{key}: {mine[key]!r} and {its[key]!r}" for key in mine if mine[key] != its[key])
                 yield (
                     f"{first.cell.name} and {other.cell.name} differ in {what} ({differing}), which no axis asks for: set it in "
-                    "the base, or in every value of one axis"
+                    "settings, or in every value of one axis"
                 )
                 break
 

@@ -40,15 +40,17 @@ class Paired:
     low: float
     high: float
     pairs: int
-    needed: int | None  # fresh pairs that would decide it with 80 % power; None: cannot be told
+    power: float  # of finding a true change of 3 points with these pairs and seeds
     seeds: int
 
     def __str__(self) -> str:
-        interval = f"{self.change:+.1%} of {self.pairs} pairs right, 95 % interval {self.low:+.1%} to {self.high:+.1%}"
-        label = "single seeds" if self.seeds == 1 else f"means of {self.seeds} seeds"
-        chance = "chance would do as much" if self.low <= 0 <= self.high else "more than chance between pairs"
-        power = "" if self.needed is None else f"; a change of 3 points is found in 80 % of cases with about {self.needed:,} pairs"
-        return f"{interval} ({label}): {chance}{power}"
+        change, low, high = (100 * share for share in (self.change, self.low, self.high))
+        seeds = "single seeds, whose spread is not known" if self.seeds == 1 else f"means of {self.seeds} seeds"
+        chance = "chance may do as much" if self.low <= 0 <= self.high else "more than chance does"
+        return (
+            f"{change:+.1f} points of accuracy by own reward (95 % interval {low:+.1f} to {high:+.1f}, {self.pairs} held-out pairs, "
+            f"{seeds}): {chance}; a true change of 3 points is found in {self.power:.0%} of such experiments"
+        )
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,10 @@ def decide_rank(question: str, ranks: Sequence[Figures], paired: Mapping[tuple[s
     """ranks: the lowest first. paired: the change from a higher to a lower rank, by (higher, lower)."""
     taken, reasons, chances = ranks[-1], [], []
     for lower in reversed(ranks[:-1]):
-        change = paired[taken.value, lower.value]
+        change = paired.get((taken.value, lower.value))
+        if change is None:
+            reasons.append(f"{lower.value} shares no held-out pair with {taken.value}")
+            continue
         as_good = change.high >= 0
         calmer = None not in (lower.train_margin, taken.train_margin) and lower.train_margin < taken.train_margin
         chances.append(f"{lower.value} against {taken.value}: {change}")

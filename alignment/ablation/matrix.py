@@ -10,12 +10,12 @@ from ..errors import UserError
 from ..recipe.parser import Given, RecipeError, closest, read_recipe, suggestion
 from ..recipe.values import Doubtful, Mismatch, expanded
 
-KEYS = ("base", "method", "axes", "one_at_a_time", "fallback", "launch", "output_dir")
+KEYS = ("base", "settings", "method", "axes", "one_at_a_time", "fallback", "launch", "output_dir")
 OWN_LAUNCH_KEYS = ("on", "accelerate_config", "gpus_per_node", "hours")
 PLACES = ("local", "slurm")
 OUTPUTS = Path("outputs/ablations")
 # Names become folders.
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+]*$")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*$")
 # What tells the folder of one cell from another's is no axis.
 RESERVED = ("output_dir", "prepare_only", "resume_from_checkpoint")
 METHOD = "method"
@@ -58,6 +58,7 @@ class Matrix:
 
     path: Path
     base: Path
+    settings: dict[str, Any]  # of all cells, before the base's
     method: str | None
     axes: tuple[Axis, ...]
     one_at_a_time: bool
@@ -80,6 +81,7 @@ def read_matrix(path: str) -> Matrix:
     matrix = Matrix(
         path=Path(path),
         base=reader.file("base", Path()),
+        settings=reader.settings(),
         method=reader.text(METHOD),
         axes=reader.axes(),
         one_at_a_time=reader.one_of("one_at_a_time", (False, True)),
@@ -107,17 +109,19 @@ def doubtful(entries: Iterable[Given]) -> Iterable[tuple[str, str]]:
 
 def contradictions(matrix: Matrix, places: dict[str, str]) -> list[str]:
     """What the keys of a matrix say against each other."""
-    complaints, seen = [], {}
+    complaints, seen = [], dict.fromkeys(matrix.settings, "settings")
+    for key in matrix.settings.keys() & {*RESERVED, METHOD}:
+        complaints.append(f"{places['settings']}: {key} is none of the recipe's that all cells can share")
     for axis in matrix.axes:
         for key in {key: None for value in axis.values for key in value.keys}:
             if key in RESERVED:
                 complaints.append(f"{places['axes']}: axis {axis.name} sets {key}, which every cell has of its own")
             elif key in seen:
-                complaints.append(f"{places['axes']}: axes {seen[key]} and {axis.name} both set {key}")
+                complaints.append(f"{places['axes']}: {seen[key]} and {axis.name} both set {key}")
             seen[key] = axis.name
     if matrix.axes and matrix.method is None and matrix.about(METHOD) is None:
         complaints.append(f"{matrix.path}: method is missing: method: simpo beside base, or in every value of one axis")
-    if matrix.method is not None and METHOD in seen:
+    if matrix.method is not None and METHOD in seen and matrix.about(METHOD):
         complaints.append(f"{places[METHOD]}: axis {seen[METHOD]} sets the method too; keep one of them")
     if matrix.fallback and matrix.about(METHOD) is None:
         complaints.append(f"{places['fallback']}: stands in for a value of the axis that sets method, and there is none")
@@ -165,6 +169,13 @@ class Reader:
             self.complain(key, f"{str(name)!r}: no such file, neither from {self.path.parent} nor from here")
         return found or otherwise
 
+    def settings(self) -> dict[str, Any]:
+        value = self.value("settings")
+        if value is None or isinstance(value, dict):
+            return value or {}
+        self.complain("settings", "expected {key: value, ...}")
+        return {}
+
     def folder(self) -> Path:
         try:
             return Path(expanded(self.text("output_dir") or str(OUTPUTS / self.path.stem)))
@@ -204,7 +215,7 @@ class Reader:
             self.complain(place, f"{what}: {name} stands there twice")
         for name in names:
             if not NAME.match(name):
-                self.complain(place, f"{what}: {name!r} cannot name a folder; letters, digits, '.', '_' and '+' can")
+                self.complain(place, f"{what}: {name!r} cannot name a folder; letters, digits and . _ + - can")
         return tuple(values)
 
     def launch(self) -> Launch:

@@ -173,6 +173,7 @@ class Progress:
         self.running: dict[str, float] = {}
         layout = "{n:.1f} of {total} cells |{bar}| {elapsed}<{remaining}{postfix}"
         self.bar = tqdm(total=len(self.names), bar_format=layout, dynamic_ncols=True)
+        self.shown: Any = None
 
     def tell(self, cell: Cell, outcome: Outcome | None) -> None:
         if outcome is None:
@@ -180,5 +181,9 @@ class Progress:
         else:
             self.running.pop(cell.name, None)
         settled = [self.outcomes[name] for name in self.names if name in self.outcomes]
+        what = ", ".join(filter(None, [counts(settled), " ".join(self.running)]))
         self.bar.n = len(settled) + sum(self.running.values())
-        self.bar.set_postfix_str(", ".join(filter(None, [counts(settled), " ".join(self.running)])))
+        # In a file each turn would be a line: there only what begins and what ends is told.
+        if (news := (what, self.bar.n) if self.bar.fp.isatty() else what) != self.shown:
+            self.shown = news
+            self.bar.set_postfix_str(what)
