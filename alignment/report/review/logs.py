@@ -102,11 +102,7 @@ def read_log(path: Path, unprefixed: str = TRAIN) -> Log:
 
     Raises UserError where the file cannot be read or holds no preference metric.
     """
-    try:
-        text = path.read_text(encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    records, malformed = raw_records(text)
+    records, malformed = raw_records(text_of(path))
     log = log_of(records, unprefixed)._replace(malformed=malformed)
     if not any(set(record.values) - {"loss"} for record in log.records):
         raise UserError(
@@ -114,6 +110,14 @@ def read_log(path: Path, unprefixed: str = TRAIN) -> Log:
             f"a trainer_state.json, or a record a line with such keys as {MARGIN}, eval_{MARGIN}, {ACCURACY}"
         )
     return log
+
+
+def text_of(path: Path) -> str:
+    """Raises UserError for a file that cannot be read; what is no UTF-8 in it is one more malformed line."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def raw_records(text: str) -> tuple[list[dict[str, Any]], int]:

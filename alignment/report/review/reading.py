@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from ...errors import UserError
-from .logs import Log, LogSignals, log_signals, raw_records, read_log
+from .logs import Log, LogSignals, log_signals, raw_records, read_log, text_of
 from .pairs import Pairs, pairs_of
 from .signals import Replies, Signals, replies_of, signals_of
 
@@ -127,7 +127,7 @@ def find_log(folder: Path) -> Path | None:
 def read_pairs(path: Path, notes: list[str]) -> Pairs | None:
     if not path.exists():
         return None
-    rows, malformed = raw_records(path.read_text(encoding="utf-8", errors="replace"))
+    rows, malformed = raw_records(text_of(path))
     pairs = pairs_of(rows, str(path))
     if malformed:
         notes.append(f"{path.name}: {malformed} malformed lines left out")
@@ -140,7 +140,7 @@ def read_replies(path: Path, notes: list[str]) -> Replies | None:
     """Of a samples.jsonl: rows with step, prompt, response, and tokens where they were counted. Step 0 against the last."""
     if not path.exists():
         return None
-    rows, malformed = raw_records(path.read_text(encoding="utf-8", errors="replace"))
+    rows, malformed = raw_records(text_of(path))
     if malformed:
         notes.append(f"{path.name}: {malformed} malformed lines left out")
     rows = [row for row in rows if {"step", "prompt", "response"} <= set(row)]
@@ -160,7 +160,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        return yaml.safe_load(text_of(path)) or {}
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not YAML ({error})") from error
 
@@ -169,6 +169,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(text_of(path))
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: not JSON ({error})") from error

@@ -199,7 +199,7 @@ def log_flags(log: LogSignals, delta: float) -> tuple[str, ...]:
     if grew and log.held_out_accuracy and log.held_out_accuracy.n > 1 and log.held_out_accuracy.change <= 0:
         flags.append("training margin grew, held-out accuracy did not")
     if grew and log.early_chosen and log.late_chosen.mean < log.early_chosen.mean:
-        flags.append("chosen rewards fell while the margin grew")
+        flags.append("chosen rewards fell while the margin grew (some of that is normal for SimPO)")
     if log.late_accuracy and log.late_accuracy.mean >= TRAINING_SATURATED:
         behind = log.held_out_accuracy and log.late_accuracy.mean - log.held_out_accuracy.last > delta
         if behind:
