@@ -51,7 +51,10 @@ class Cell:
 def make_cells(matrix: Matrix, methods: Mapping[str, Method]) -> list[Cell]:
     """All cells, in the order of the axes; those of the fallback last. Raises UserError where two would have one name."""
     base = {given.key: given.value for given in read_recipe(str(matrix.base))}
-    cells = [make_cell(matrix, base, combination, methods) for combination in itertools.product(*(axis.values for axis in matrix.axes))]
+    cells = [
+        make_cell(matrix, base, combination, methods)
+        for combination in itertools.product(*(axis.values for axis in matrix.axes))
+    ]
     axis = matrix.about(METHOD)
     for value in matrix.fallback:
         columns = [(value,) if other == axis else other.values for other in matrix.axes]
@@ -63,7 +66,12 @@ def make_cells(matrix: Matrix, methods: Mapping[str, Method]) -> list[Cell]:
 
 
 def make_cell(
-    matrix: Matrix, base: Mapping[str, Any], values: Iterable[Value], methods: Mapping[str, Method], *, is_fallback: bool = False
+    matrix: Matrix,
+    base: Mapping[str, Any],
+    values: Iterable[Value],
+    methods: Mapping[str, Method],
+    *,
+    is_fallback: bool = False,
 ) -> Cell:
     values = tuple(values)
     own = {key: entry for value in values for key, entry in value.keys.items()}
@@ -95,7 +103,9 @@ def inherited(
     ]
     kept = {key: value for key, value in left.items() if key not in dropped}
     unread = unread_keys(methods[method].config, kept | dict(own))
-    return {key: value for key, value in kept.items() if key not in unread}, tuple(dropped + [key for key in kept if key in unread])
+    return {key: value for key, value in kept.items() if key not in unread}, tuple(
+        dropped + [key for key in kept if key in unread]
+    )
 
 
 def replaced(base: Mapping[str, Any], own: Mapping[str, Any], parser: H4ArgumentParser) -> dict[str, Any]:

@@ -59,7 +59,9 @@ class Parsed:
     @property
     def rows_per_step(self) -> int:
         args = self.args
-        return args.total_train_batch_size or args.per_device_train_batch_size * args.gradient_accumulation_steps * self.processes
+        return (
+            args.total_train_batch_size or args.per_device_train_batch_size * args.gradient_accumulation_steps * self.processes
+        )
 
     def setting(self, key: str) -> Any:
         """What a key of a recipe comes to; None where the method has none such."""
@@ -94,7 +96,9 @@ def check_cells(matrix: Matrix, cells: Sequence[Cell], texts: Mapping[str, str],
         if cell.dropped:
             notices[f"left out, because {cell.method} does not read it: {', '.join(cell.dropped)}"].append(cell.name)
         try:
-            objects, own_notices, whole = parse(texts[cell.name], methods[cell.method], on_this_machine=matrix.launch.on == "local")
+            objects, own_notices, whole = parse(
+                texts[cell.name], methods[cell.method], on_this_machine=matrix.launch.on == "local"
+            )
         except RecipeError as error:
             for complaint in error.complaints:
                 complaints[complaint].append(cell.name)
@@ -182,8 +186,8 @@ def incomparable(axes: Sequence[Axis], parsed: Sequence[Parsed]) -> Iterable[str
                 mine, its = first.common(what), other.common(what)
                 differing = "; ".join(f"{key}: {mine[key]!r} and {its[key]!r}" for key in mine if mine[key] != its[key])
                 yield (
-                    f"{first.cell.name} and {other.cell.name} differ in {what} ({differing}), which no axis asks for: set it in "
-                    "settings, or in every value of one axis"
+                    f"{first.cell.name} and {other.cell.name} differ in {what} ({differing}), which no axis asks for: set it "
+                    "in settings, or in every value of one axis"
                 )
                 break
 

@@ -82,4 +82,3 @@ def failure(job: submitit.Job) -> str | None:
     lines = [line.strip() for line in str(error).splitlines() if line.strip() and set(line.strip()) != {"-"}]
     raised = [line for line in lines if line.startswith(("RuntimeError: ", "submitit.", "Job "))]
     return (raised or lines)[-1].removeprefix("RuntimeError: ")
-

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from .cells import Cell
-from .decisions import Decision, Paired, decide_fallback, decide_most, decide_objective, decide_rank
+from .decisions import Decision, decide_fallback, decide_most, decide_objective, decide_rank
 from .matrix import METHOD, Axis, Matrix
 from .outcomes import Outcome
 from .results import Result, by_value, figures_of, instability, paired

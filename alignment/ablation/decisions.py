@@ -16,7 +16,10 @@ RANK_RULE = (
     "Take the lower rank if it is as good on held-out pairs (the paired interval of the change in accuracy does not lie wholly "
     "below 0) and its training margin is lower. Means over seeds."
 )
-MOST_RULE = "Take the value that gets the most held-out pairs right, by its own reward; the first named, where they are equal. Means over seeds."
+MOST_RULE = (
+    "Take the value that gets the most held-out pairs right, by its own reward; the first named, where they are equal. Means "
+    "over seeds."
+)
 FALLBACK_RULE = "Where a run of another objective is not finite, diverges or collapses, the fallback is run and named."
 
 
@@ -48,8 +51,8 @@ class Paired:
         seeds = "single seeds, whose spread is not known" if self.seeds == 1 else f"means of {self.seeds} seeds"
         chance = "chance may do as much" if self.low <= 0 <= self.high else "more than chance does"
         return (
-            f"{change:+.1f} points of accuracy by own reward (95 % interval {low:+.1f} to {high:+.1f}, {self.pairs} held-out pairs, "
-            f"{seeds}): {chance}; a true change of 3 points is found in {self.power:.0%} of such experiments"
+            f"{change:+.1f} points of accuracy by own reward (95 % interval {low:+.1f} to {high:+.1f}, {self.pairs} held-out "
+            f"pairs, {seeds}): {chance}; a true change of 3 points is found in {self.power:.0%} of such experiments"
         )
 
 
@@ -108,9 +111,10 @@ def decide_rank(question: str, ranks: Sequence[Figures], paired: Mapping[tuple[s
         as_good = change.high >= 0
         calmer = None not in (lower.train_margin, taken.train_margin) and lower.train_margin < taken.train_margin
         chances.append(f"{lower.value} against {taken.value}: {change}")
+        margins = f"{number(lower.train_margin)} against {number(taken.train_margin)}"
         reasons.append(
-            f"{lower.value} is {'as good as' if as_good else 'worse than'} {taken.value} on held-out pairs, and its training margin "
-            f"is {'lower' if calmer else 'not lower'} ({number(lower.train_margin)} against {number(taken.train_margin)})"
+            f"{lower.value} is {'as good as' if as_good else 'worse than'} {taken.value} on held-out pairs, and its training "
+            f"margin is {'lower' if calmer else 'not lower'} ({margins})"
         )
         if as_good and calmer:
             taken = lower

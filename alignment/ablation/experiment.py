@@ -46,6 +46,8 @@ class Experiment:
         """Run what is left to be run: wave by wave, where the next cells hang on what the last ones showed."""
         for wave in self.waves():
             todo = [cell for cell in wave if not self.known(cell)]
+            if not todo:
+                continue
             progress = Progress(wave, self.outcomes)
             try:
                 self.launcher.run(todo, lambda cell, outcome, progress=progress: self.take(cell, outcome, progress))
@@ -117,7 +119,7 @@ def main(methods: Mapping[str, Method], entry_points: Path, argv: Sequence[str] 
 
 
 def run_matrix(options: argparse.Namespace, methods: Mapping[str, Method], entry_points: Path) -> bool:
-    """Whether a cell has failed."""
+    """Whether a cell has failed. One that is not finite has not: that is what was to be found out."""
     matrix = read_matrix(options.matrix)
     if options.output_dir:
         matrix = replace(matrix, output_dir=Path(expanded(options.output_dir)))
@@ -133,13 +135,19 @@ def run_matrix(options: argparse.Namespace, methods: Mapping[str, Method], entry
         return False
     with stop.listening(), stop.deferred(), only_experiment(matrix.output_dir):
         for cell in cells:
-            cell.folder.mkdir(parents=True, exist_ok=True)
-            cell.recipe_file.write_text(texts[cell.name], encoding="utf-8")
+            write_once(cell.recipe_file, texts[cell.name])
         experiment = Experiment(matrix, cells, launcher)
         experiment.carry_out()
         state = experiment.state
         print(write_pages(state, decisions_of(state)), flush=True)
-    return any(outcome.state != FINISHED for outcome in experiment.outcomes.values())
+    return any(not outcome.is_settled for outcome in experiment.outcomes.values())
+
+
+def write_once(path: Path, text: str) -> None:
+    """A file that holds the text already stays as it is."""
+    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
 
 
 def plan_of(matrix: Matrix, cells: Sequence[Cell]) -> str:

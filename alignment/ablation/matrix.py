@@ -74,9 +74,14 @@ class Matrix:
 def read_matrix(path: str) -> Matrix:
     """The experiment of a file. Raises RecipeError with everything that is wrong with it."""
     given = {entry.key: entry for entry in read_recipe(path)}
-    complaints = [f"{entry.place}: unknown key {key!r}{suggestion(closest(key, KEYS))}" for key, entry in given.items() if key not in KEYS]
+    complaints = [
+        f"{entry.place}: unknown key {key!r}{suggestion(closest(key, KEYS))}" for key, entry in given.items() if key not in KEYS
+    ]
     complaints += [f"{path}: {key} is missing" for key in ("base", "axes") if key not in given]
-    complaints += [f"{place}: {value!r} may be meant as text or as a number; put it in quotes, or write it plainly" for place, value in doubtful(given.values())]
+    complaints += [
+        f"{place}: {value!r} may be meant as text or as a number; put it in quotes, or write it plainly"
+        for place, value in doubtful(given.values())
+    ]
     reader = Reader(Path(path), given, complaints)
     matrix = Matrix(
         path=Path(path),
@@ -110,8 +115,8 @@ def doubtful(entries: Iterable[Given]) -> Iterable[tuple[str, str]]:
 def contradictions(matrix: Matrix, places: dict[str, str]) -> list[str]:
     """What the keys of a matrix say against each other."""
     complaints, seen = [], dict.fromkeys(matrix.settings, "settings")
-    for key in matrix.settings.keys() & {*RESERVED, METHOD}:
-        complaints.append(f"{places['settings']}: {key} is none of the recipe's that all cells can share")
+    unshared = sorted(matrix.settings.keys() & {*RESERVED, METHOD})
+    complaints += [f"{places['settings']}: {key} is none of the recipe's that all cells can share" for key in unshared]
     for axis in matrix.axes:
         for key in {key: None for value in axis.values for key in value.keys}:
             if key in RESERVED:
@@ -187,7 +192,11 @@ class Reader:
         axes = self.value("axes")
         if "axes" not in self.given:
             return ()
-        if not isinstance(axes, dict) or not axes or not all(isinstance(entry, dict | list) and entry for entry in axes.values()):
+        if (
+            not isinstance(axes, dict)
+            or not axes
+            or not all(isinstance(entry, dict | list) and entry for entry in axes.values())
+        ):
             self.complain("axes", "expected axis: {name: {key: value, ...}, ...}, or key: [value, ...]")
             return ()
         return tuple(Axis(name, self.bundles("axes", f"axis {name}", entry, name)) for name, entry in axes.items())
@@ -235,7 +244,9 @@ class Reader:
         if not (isinstance(hours, int | float) and hours > 0):
             self.complain("launch", f"hours = {hours!r}: must be positive")
         if entry.get("nodes", 1) != 1:
-            self.complain("launch", "nodes: a cell runs on one machine here; accelerate_configs/multi_node.slurm starts larger ones")
+            self.complain(
+                "launch", "nodes: a cell runs on one machine here; accelerate_configs/multi_node.slurm starts larger ones"
+            )
         config = self.file("launch", Launch.accelerate_config, entry.get("accelerate_config", str(Launch.accelerate_config)))
         return Launch(on, config, gpus, hours, {key: value for key, value in entry.items() if key not in OWN_LAUNCH_KEYS})
 
@@ -254,4 +265,6 @@ def refuse_unknown_methods(matrix: Matrix, known: Iterable[str]) -> None:
     named += [value.keys[METHOD] for value in matrix.fallback]
     for name in named:
         if name not in known:
-            raise UserError(f"{matrix.path}: method = {name!r}: must be one of {', '.join(known)}{suggestion(closest(str(name), known))}")
+            raise UserError(
+                f"{matrix.path}: method = {name!r}: must be one of {', '.join(known)}{suggestion(closest(str(name), known))}"
+            )

@@ -48,7 +48,7 @@ def outcome_of(cell: Cell) -> Outcome:
 
 
 def outcome_of_attempt(cell: Cell, failure: str | None, log_from: int) -> Outcome:
-    """Behind an attempt in this session. failure: what whoever waited for it knows; log_from: where its part of the log begins."""
+    """Behind an attempt in this session. failure: what whoever waited for it knows; log_from: where its part of log begins."""
     outcome = outcome_of(cell)
     if outcome.is_settled or outcome.state == INTERRUPTED or failure is None:
         return outcome
@@ -89,7 +89,9 @@ def share_done(cell: Cell) -> float:
     with suppress(FileNotFoundError, ValueError, IndexError, KeyError, yaml.YAMLError):  # not yet, or half a line
         recipe = yaml.safe_load((cell.run / "recipe.yaml").read_text(encoding="utf-8"))
         record = json.loads((cell.run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
-        share = record["step"] / recipe["max_steps"] if recipe["max_steps"] > 0 else record["epoch"] / recipe["num_train_epochs"]
+        share = (
+            record["step"] / recipe["max_steps"] if recipe["max_steps"] > 0 else record["epoch"] / recipe["num_train_epochs"]
+        )
         return min(max(share, 0.0), 1.0)
     return 0.0
 

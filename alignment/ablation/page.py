@@ -1,4 +1,4 @@
-"""What an experiment ends with: a table and its decisions on the terminal, ablation.md, and ablation.html, a page as of a review."""
+"""What an experiment ends with: a table and decisions on the terminal, ablation.md, and ablation.html as of a review."""
 
 import itertools
 import textwrap
@@ -18,9 +18,9 @@ HEADER = (
 )  # fmt: skip
 SHORT = ("cell", "verdict", "right", "gap", "train margin", "held-out loss")
 NOTE = (
-    "Right: held-out pairs whose chosen response has the higher reward, the run's own, at the last step. d: chosen minus rejected "
-    "mean log-probability per token; its mean over the training probe minus that over the held-out pairs is the gap. Late "
-    "training margin: mean of the second half of the log, in the run's own units of reward."
+    "Right: held-out pairs whose chosen response has the higher reward, the run's own, at the last step. d: chosen minus "
+    "rejected mean log-probability per token; its mean over the training probe minus that over the held-out pairs is the gap. "
+    "Late training margin: mean of the second half of the log, in the run's own units of reward."
 )
 
 
@@ -111,5 +111,8 @@ def in_words(decisions: Sequence[Decision]) -> list[str]:
     lines = []
     for decision in decisions:
         section = decision_section(decision)
-        lines += [section.title, *(textwrap.fill(line, WIDTH, initial_indent="  ", subsequent_indent="    ") for line in section.lines)]
+        lines += [
+            section.title,
+            *(textwrap.fill(line, WIDTH, initial_indent="  ", subsequent_indent="    ") for line in section.lines),
+        ]
     return lines or ["Nothing is decided: fewer than two values of any axis have a stable run to show."]

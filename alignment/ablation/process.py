@@ -9,6 +9,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -84,10 +85,8 @@ def family(pid: int) -> list[psutil.Process]:
 
 
 def send(process: psutil.Process, number: signal.Signals) -> None:
-    try:
+    with suppress(psutil.NoSuchProcess):  # it ended meanwhile
         process.send_signal(number)
-    except psutil.NoSuchProcess:
-        pass  # it ended meanwhile
 
 
 def listens(pid: int, number: signal.Signals) -> bool:

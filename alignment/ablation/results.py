@@ -1,11 +1,9 @@
 """What finished cells show, read through the review: figures for the decisions, and which runs are not stable."""
 
 import json
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-
 
 from scipy.stats import norm
 
@@ -120,7 +118,6 @@ def power_of(change: Estimate, delta: float = DELTA) -> float:
     z = norm.ppf(0.5 + LEVEL / 2)
     se = (change.high - change.low) / (2 * z)
     return 1.0 if se == 0 else float(norm.sf(z - delta / se) + norm.cdf(-z - delta / se))
-
 
 
 def by_value(axis: str, results: Mapping[str, Result], group: Sequence[Cell]) -> dict[str, list[Result]]:

@@ -14,7 +14,7 @@ from ..errors import UserError
 from ..run.signals import RunInterrupted, StopSignals
 from .cells import Cell
 from .matrix import Launch
-from .outcomes import FAILED, INTERRUPTED, Outcome, counts, is_held, outcome_of, outcome_of_attempt, share_done
+from .outcomes import FAILED, Outcome, counts, is_held, outcome_of, outcome_of_attempt, share_done
 from .process import RunProcess
 
 POLL_S = 1.0
@@ -114,8 +114,9 @@ class ClusterLauncher:
         running = list(cells)
         while running:
             if self.stop.received:
+                names = ", ".join(cell.name for cell in running)
                 raise RunInterrupted(
-                    f"stopped by {self.stop.received.name}; {len(running)} jobs go on, and the same command follows them."
+                    f"stopped by {self.stop.received.name}; the jobs of {names} go on, and the same command follows them."
                 )
             for cell in tuple(running):
                 job = jobs[cell.name]
@@ -174,12 +175,17 @@ class Progress:
         layout = "{n:.1f} of {total} cells |{bar}| {elapsed}<{remaining}{postfix}"
         self.bar = tqdm(total=len(self.names), bar_format=layout, dynamic_ncols=True)
         self.shown: Any = None
+        self.refresh()
 
     def tell(self, cell: Cell, outcome: Outcome | None) -> None:
+        """outcome: None while the cell is run."""
         if outcome is None:
             self.running[cell.name] = share_done(cell)
         else:
             self.running.pop(cell.name, None)
+        self.refresh()
+
+    def refresh(self) -> None:
         settled = [self.outcomes[name] for name in self.names if name in self.outcomes]
         what = ", ".join(filter(None, [counts(settled), " ".join(self.running)]))
         self.bar.n = len(settled) + sum(self.running.values())

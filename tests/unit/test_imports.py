@@ -66,6 +66,20 @@ ORDER = {
     ],
     "leaving": [],
     "pipeline": [],
+    "ablation": [
+        "matrix",
+        "cells",
+        "checks",
+        "process",
+        "cluster",
+        "outcomes",
+        "decisions",
+        "results",
+        "deciding",
+        "running",
+        "page",
+        "experiment",
+    ],
 }
 CODE_FOLDERS = ("alignment", "scripts", "on_policy_data_gen", "eval", "benchmarks")
 
@@ -165,6 +179,10 @@ def test_parts_of_trl_that_may_vanish_are_imported_by_one_file_at_most():
 
 def test_only_the_curves_import_matplotlib():
     assert importers("matplotlib") == ["alignment/report/curves.py"]
+
+
+def test_only_the_jobs_of_a_cluster_import_submitit():
+    assert importers("submitit") == ["alignment/ablation/cluster.py"]
 
 
 def test_only_the_decoder_imports_vllm():
