@@ -151,9 +151,9 @@ def test_a_command_that_ends_leaves_its_jobs_and_the_next_one_follows_them(tmp_p
 
 
 def test_what_submitit_does_not_know_is_refused_before_any_job(tmp_path, cluster):
-    with pytest.raises(UserError, match="submitit .* refuses it: .*slurm_partitoin"):
+    with pytest.raises(UserError, match=r"submitit .* refuses it: .*slurm_partitoin"):
         launcher("slurm", slurm_partitoin="gpu").check(tmp_path / "check")
-    with pytest.raises(UserError, match="refuses it: .*gpus"):
+    with pytest.raises(UserError, match=r"refuses it: .*gpus"):
         launcher("slurm", gpus=4).check(tmp_path / "check")
     assert list(cluster.glob("*.sh")) == []
 
