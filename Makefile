@@ -1,4 +1,4 @@
-# setup · quickstart · test · test-all · test-torch-2.11 · style · bench · gpu-proof
+# setup · quickstart · ablation · test · test-all · test-torch-2.11 · style · bench · gpu-proof
 # Every target first builds .venv where it is missing or older than the files that describe it.
 
 PYTHON ?= python3
@@ -10,7 +10,7 @@ OLD_TORCH := .venv-torch-2.11
 # One stamp for each set of extras, so that asking for another set installs it.
 STAMP := $(VENV)/installed-$(EXTRAS)
 
-.PHONY: setup quickstart test test-all test-trackers test-torch-2.11 style bench gpu-proof
+.PHONY: setup quickstart ablation test test-all test-trackers test-torch-2.11 style bench gpu-proof
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -27,11 +27,17 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 quickstart: $(STAMP)
 	@$(RUN) scripts/quickstart/run.py
 
-test: $(STAMP)
-	@$(RUN) -m pytest -n 2 --dist loadfile --ignore=tests/trackers
+# DPO and SimPO at two ranks, on the quickstart's model and pairs; what was run before is left alone.
+ablation: $(STAMP)
+	@test -f outputs/quickstart/sft/model.safetensors || $(RUN) scripts/quickstart/run.py
+	@$(RUN) scripts/run_ablation.py training_configs/ablations/quickstart.yaml
 
-# Also what needs more packages than a run does.
+test: $(STAMP)
+	@$(RUN) -m pytest -n 2 --dist loadfile --ignore=tests/trackers --ignore=tests/slow
+
+# Also what takes minutes, and what needs more packages than a run does.
 test-all: test
+	@$(RUN) -m pytest tests/slow
 	@$(MAKE) --no-print-directory test-trackers EXTRAS=dev,trackers
 
 test-trackers: $(STAMP)

@@ -43,16 +43,17 @@ class Paired:
     low: float
     high: float
     pairs: int
-    power: float  # of finding a true change of 3 points with these pairs and seeds
+    power: float | None  # of finding a true change of 3 points with these pairs and seeds
     seeds: int
 
     def __str__(self) -> str:
         change, low, high = (100 * share for share in (self.change, self.low, self.high))
         seeds = "single seeds, whose spread is not known" if self.seeds == 1 else f"means of {self.seeds} seeds"
         chance = "chance may do as much" if self.low <= 0 <= self.high else "more than chance does"
+        power = "" if self.power is None else f"; a true change of 3 points is found in {self.power:.0%} of such experiments"
         return (
             f"{change:+.1f} points of accuracy by own reward (95 % interval {low:+.1f} to {high:+.1f}, {self.pairs} held-out "
-            f"pairs, {seeds}): {chance}; a true change of 3 points is found in {self.power:.0%} of such experiments"
+            f"pairs, {seeds}): {chance}{power}"
         )
 
 

@@ -113,11 +113,14 @@ def paired(results: Sequence[Result], others: Sequence[Result]) -> Paired | None
     return Paired(change.value, change.low, change.high, change.n, power_of(change), min(len(results), len(others)))
 
 
-def power_of(change: Estimate, delta: float = DELTA) -> float:
-    """How often pairs like these would show a true change of delta, by the normal approximation of this interval."""
+def power_of(change: Estimate, delta: float = DELTA) -> float | None:
+    """How often pairs like these would show a true change of delta, by the normal approximation of this interval.
+
+    None where the interval has no width: what does not vary tells nothing of what would.
+    """
     z = norm.ppf(0.5 + LEVEL / 2)
     se = (change.high - change.low) / (2 * z)
-    return 1.0 if se == 0 else float(norm.sf(z - delta / se) + norm.cdf(-z - delta / se))
+    return None if se == 0 else float(norm.sf(z - delta / se) + norm.cdf(-z - delta / se))
 
 
 def by_value(axis: str, results: Mapping[str, Result], group: Sequence[Cell]) -> dict[str, list[Result]]:

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from ..errors import UserError
 from ..run.signals import RunInterrupted, StopSignals
 from .cells import Cell
+from .checks import launched_processes
 from .matrix import Launch
 from .outcomes import FAILED, Outcome, counts, is_held, outcome_of, outcome_of_attempt, share_done
 from .process import RunProcess
@@ -47,7 +48,9 @@ def launch_options(launch: Launch) -> list[str]:
     options = ["--config_file", str(launch.accelerate_config)]
     if launch.gpus_per_node == 0:
         return [*options, "--cpu", "--num_processes=1"]
-    return [*options, *([] if launch.gpus_per_node is None else [f"--num_processes={launch.gpus_per_node}"])]
+    options += [] if launch.gpus_per_node is None else [f"--num_processes={launch.gpus_per_node}"]
+    # Any free port: two jobs may share a machine.
+    return [*options, *(["--main_process_port=0"] if launched_processes(launch) > 1 else [])]
 
 
 def script(cell: Cell, entry_points: Path) -> list[str]:
@@ -173,7 +176,8 @@ class Progress:
         self.outcomes = outcomes
         self.running: dict[str, float] = {}
         layout = "{n:.1f} of {total} cells |{bar}| {elapsed}<{remaining}{postfix}"
-        self.bar = tqdm(total=len(self.names), bar_format=layout, dynamic_ncols=True)
+        before = sum(name in outcomes for name in self.names)
+        self.bar = tqdm(total=len(self.names), initial=before, bar_format=layout, dynamic_ncols=True)
         self.shown: Any = None
         self.refresh()
 

@@ -129,12 +129,3 @@ def test_an_experiment_that_is_killed_goes_on_and_leaves_finished_cells_alone(fo
         right = sum(row["chosen_reward"] > row["rejected_reward"] for row in rows if row["step"] > 0)
         assert f"{right} of 24" in next(line for line in page.splitlines() if line.startswith(f"| {cell} |"))
     assert "<svg" in (folder / "out" / "ablation.html").read_text()
-
-
-def test_an_experiment_that_is_finished_is_only_told_again(folder):
-    cells, pages = contents(folder / "out" / "cells"), (folder / "out" / "ablation.md").read_text()
-    status, printed = finish(folder)
-    assert status == 0
-    assert "matrix: 4 cells (4 finished)" in printed
-    assert contents(folder / "out" / "cells") == cells
-    assert (folder / "out" / "ablation.md").read_text() == pages

@@ -79,7 +79,7 @@ def finish(
     log = [{"step": step, "loss": loss, "rewards/margins": train_margin} for step, loss in enumerate(losses, start=1)]
     write_jsonl(cell.run / "metrics.jsonl", log)
     (cell.run / "eval_results.json").write_text(json.dumps({"eval_loss": losses[-1]}))
-    (cell.run / "recipe.yaml").write_text(yaml.safe_dump({"method": cell.method, **cell.values}))
+    (cell.run / "recipe.yaml").write_text(yaml.safe_dump(dict(cell.recipe)))
     (cell.run / "model.safetensors").touch()
     (cell.run / "_run").mkdir()
     write_status(cell.run, "finished", step=4)

@@ -20,7 +20,8 @@ from tests.methods import METHODS
 
 SIMPO = Method(config=SimPOConfig, trainer=SimPOTrainer, data=PAIRS)
 SFT = Method(config=SFTConfig, trainer=SFTTrainer, data=CONVERSATIONS)
-RECIPES = sorted((Path(__file__).parents[3] / "training_configs").rglob("*.yaml"))
+FOLDER = Path(__file__).parents[3] / "training_configs"
+RECIPES = sorted(path for path in FOLDER.rglob("*.yaml") if path.parent.name != "ablations")  # those are matrices
 EVALUATES = ("--eval_strategy=steps", "--eval_steps=2")
 
 
