@@ -85,7 +85,7 @@ def decide(state: State, axis: Axis, group: Sequence[Cell]) -> Decision | None:
 
 def ranked(axis: Axis) -> Sequence:
     """The values of an axis in their order; ranks from the lowest up."""
-    return sorted(axis.values, key=lambda value: value.keys[RANK]) if axis.asks_for(RANK) else axis.values
+    return sorted(axis.values, key=lambda value: int(value.keys[RANK])) if axis.asks_for(RANK) else axis.values
 
 
 def question_of(matrix: Matrix, axis: Axis, cell: Cell) -> str:

@@ -199,7 +199,7 @@ class Reader:
         ):
             self.complain("axes", "expected axis: {name: {key: value, ...}, ...}, or key: [value, ...]")
             return ()
-        return tuple(Axis(name, self.bundles("axes", f"axis {name}", entry, name)) for name, entry in axes.items())
+        return tuple(Axis(str(name), self.bundles("axes", f"axis {name}", entry, str(name))) for name, entry in axes.items())
 
     def fallback(self) -> tuple[Value, ...]:
         entry = self.value("fallback")
