@@ -1,4 +1,4 @@
-# setup · quickstart · ablation · test · test-all · test-torch-2.11 · style · bench · gpu-proof
+# setup · quickstart · ablation · test · test-all · test-torch-2.11 · style · bench · review-proof · gpu-proof
 # Every target first builds .venv where it is missing or older than the files that describe it.
 
 PYTHON ?= python3
@@ -10,7 +10,7 @@ OLD_TORCH := .venv-torch-2.11
 # One stamp for each set of extras, so that asking for another set installs it.
 STAMP := $(VENV)/installed-$(EXTRAS)
 
-.PHONY: setup quickstart ablation test test-all test-trackers test-torch-2.11 style bench gpu-proof
+.PHONY: setup quickstart ablation test test-all test-trackers test-torch-2.11 style bench review-proof gpu-proof
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -61,7 +61,13 @@ $(OLD_TORCH)/installed: setup.cfg pyproject.toml constraints.txt
 	@touch $@
 
 bench: $(STAMP)
-	@for file in $(filter-out benchmarks/gpu_proof.py,$(wildcard benchmarks/*.py)); do echo "== $$file"; $(RUN) $$file || exit 1; done
+	@for file in $(filter-out benchmarks/gpu_proof.py benchmarks/review_%.py,$(wildcard benchmarks/*.py)); do echo "== $$file"; $(RUN) $$file || exit 1; done
+
+# How far a review is right: simulated record sets, and runs on the quickstart's model that are built to go wrong. An hour.
+review-proof: quickstart
+	@$(RUN) benchmarks/review_coverage.py
+	@$(RUN) benchmarks/review_power.py
+	@$(RUN) benchmarks/review_runs.py
 
 # Not in .venv, but by the interpreter that has a torch for the GPU: make gpu-proof PYTHON=python3 PROOF="--out proof"
 gpu-proof:

@@ -98,5 +98,6 @@ def ends(found: Ends | None, unit: str = "", scale: float = 1.0) -> str:
         return NONE
     first, last = (f"{scale * value:.4g}{unit}" for value in (found.first, found.last))
     if found.n == 1:
-        return f"{last} at {found.last_step:g} (1 record)"
-    return f"{first} at {found.first_step:g} -> {last} at {found.last_step:g} ({counted(found.n, 'record')})"
+        return f"{last} at {found.counted_by} {found.last_step:g} (1 record)"
+    start, end = (f"{found.counted_by} {step:g}" for step in (found.first_step, found.last_step))
+    return f"{first} at {start} -> {last} at {end} ({counted(found.n, 'record')})"

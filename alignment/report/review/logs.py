@@ -26,7 +26,7 @@ METRICS = {
 SPELLINGS = {spelling: metric for metric, spellings in METRICS.items() for spelling in spellings}
 NAMED_SETS = re.compile(rf"(.+)_({'|'.join(spellings[0] for spellings in METRICS.values() if '_' in spellings[0])})")
 PREFIX = re.compile(r"(train|eval|valid|validation|val|test|probe)_")
-STEPS = ("step", "current_steps", "global_step", "steps", "iteration")
+STEPS = ("step", "current_steps", "global_step", "train/global_step", "_step", "steps", "iteration")
 TRAIN, EVAL, PROBE = "train", "eval", "probe"
 
 
@@ -46,12 +46,15 @@ class Log(NamedTuple):
     not_finite: int = 0  # values that are NaN or infinite, left out
 
     def series(self, split: str, metric: str) -> list[tuple[float, float]]:
-        """(step, value) of every record that has the metric; its place in the log, where steps were not logged."""
+        """(step, value) of every record that has the metric; its place among them, where steps were not logged."""
         found = [
             (record.step, record.values[metric]) for record in self.records if record.split == split and metric in record.values
         ]
-        has_steps = all(step is not None for step, _ in found)
-        return [(step if has_steps else place, value) for place, (step, value) in enumerate(found, start=1)]
+        return [(step if self.has_steps else place, value) for place, (step, value) in enumerate(found, start=1)]
+
+    @property
+    def has_steps(self) -> bool:
+        return all(record.step is not None for record in self.records)
 
     @property
     def held_out(self) -> str:
@@ -74,6 +77,7 @@ class Ends(NamedTuple):
     last: float
     last_step: float
     n: int
+    counted_by: str  # step, or record where no steps were logged
 
     @property
     def change(self) -> float:
@@ -194,7 +198,10 @@ def log_signals(log: Log, held_out: Log | None = None) -> LogSignals:
 
     def ends(split: str, metric: str, source: Log) -> Ends | None:
         series = source.series(split, metric)
-        return Ends(series[0][1], series[0][0], series[-1][1], series[-1][0], len(series)) if series else None
+        if not series:
+            return None
+        (first_step, first), (last_step, last) = series[0], series[-1]
+        return Ends(first, first_step, last, last_step, len(series), "step" if source.has_steps else "record")
 
     apart = held_out or log
     return LogSignals(

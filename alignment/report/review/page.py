@@ -12,7 +12,7 @@ from .comparison import Cell, Comparison, cells_of, compare_all
 from .conventions import DELTA
 from .figures import Table
 from .reading import Reading
-from .signals import Signals
+from .signals import Signals, lengths_of
 from .verdict import Verdict, verdict_of
 
 TEMPLATES = jinja2.Environment(
@@ -127,8 +127,9 @@ def run_sections(run: Reading, signals: Signals, verdict: Verdict, delta: float,
     if held_out is not None:
         if held_out.d_change is not None:
             shown += pair_plots(run, signals, delta)
-        shown.append(Plot(Markup(plots.by_length(held_out)), "Accuracy by d on held-out pairs, by length, 95 % intervals."))
-        tables += [wording.pair_table(signals), wording.length_table(held_out)]
+        lengths = lengths_of(run.held_out)
+        shown.append(Plot(Markup(plots.by_length(lengths)), "Accuracy by d on held-out pairs, by length, 95 % intervals."))
+        tables += [wording.pair_table(signals), wording.length_table(held_out, lengths)]
     if signals.replies is not None:
         tables.append(wording.reply_table(signals.replies))
     if run.log is not None:

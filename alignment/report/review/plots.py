@@ -13,7 +13,7 @@ from matplotlib.ticker import PercentFormatter
 from .conventions import COLLAPSE_NATS, STILL_NATS, accuracy_shift
 from .logs import ACCURACY, MARGIN, PROBE, TRAIN, Log
 from .pairs import Pairs
-from .signals import PairSignals, Signals
+from .signals import Lengths, Signals
 from .statistics import Estimate
 
 # Stand-ins: matplotlib draws with them, and `svg_of` writes the page's variables in their places.
@@ -89,11 +89,11 @@ def changes(signals: Signals, delta: float) -> str:
         first, second, third = figure.subplots(3, 1, height_ratios=[row + 1 for row in rows])
         accuracies = [(name, side.accuracy_change.change, colour) for name, side, colour in sides]
         accuracies = [(counted_label(name, estimate), estimate, colour) for name, estimate, colour in accuracies]
-        draw_intervals(first, accuracies, f"change of accuracy, points (band: +-{100 * delta:g})", 100, delta)
-        draw_intervals(second, of_d, f"change of d, nats per token (band: +-h = {h:.3g})", band=h)
+        draw_intervals(first, accuracies, f"change of accuracy, points (band: ±{100 * delta:g})", 100, delta)
+        draw_intervals(second, of_d, f"change of d, nats per token (band: ±h = {h:.3g})", band=h)
         responses = (("chosen", held_out.chosen_change, GREEN), ("rejected", held_out.rejected_change, RED))
         responses = [(counted_label(name, estimate), estimate, colour) for name, estimate, colour in responses]
-        draw_intervals(third, responses, f"change of log-probability, nats per token (band: +-{STILL_NATS})", band=STILL_NATS)
+        draw_intervals(third, responses, f"change of log-probability, nats per token (band: ±{STILL_NATS})", band=STILL_NATS)
         if held_out.chosen_change.low < -COLLAPSE_NATS / 2:
             third.axvline(-COLLAPSE_NATS, color=RED, linewidth=0.8, linestyle="--")
 
@@ -116,7 +116,7 @@ def paired_differences(names: Sequence[str], estimates: Sequence[Estimate], delt
     bars = [(counted_label(name, estimate), estimate, BLUE) for name, estimate in zip(names, estimates, strict=True)]
 
     def draw(figure: Figure) -> None:
-        draw_intervals(figure.subplots(), bars, f"difference of accuracy by d, points (band: +-{100 * delta:g})", 100, delta)
+        draw_intervals(figure.subplots(), bars, f"difference of accuracy by d, points (band: ±{100 * delta:g})", 100, delta)
 
     return svg_of(0.9 + 0.75 * len(bars), draw, "Paired differences of accuracy between runs")
 
@@ -178,9 +178,9 @@ def distributions(held_out: Pairs, probe: Pairs | None) -> str:
     return svg_of(1.0 + 1.8 * len(sets), draw, "Distribution of d before and after")
 
 
-def by_length(held_out: PairSignals) -> str:
+def by_length(lengths: Lengths) -> str:
     """Accuracy where chosen is longer, shorter, as long; and what a rule that sees length alone would get."""
-    groups = held_out.lengths.groups
+    groups = lengths.groups
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
@@ -190,8 +190,8 @@ def by_length(held_out: PairSignals) -> str:
                     axes.plot([place + offset] * 2, [100 * estimate.low, 100 * estimate.high], color=colour, linewidth=2.5)
                     axes.plot([place + offset], [100 * estimate.value], "o", color=colour, markersize=5)
         for name, value, style in (
-            ("the longer one wins", held_out.lengths.longer_wins, "--"),
-            ("the shorter one wins", held_out.lengths.shorter_wins, ":"),
+            ("the longer one wins", lengths.longer_wins, "--"),
+            ("the shorter one wins", lengths.shorter_wins, ":"),
         ):
             axes.axhline(100 * value, color=RED, linewidth=1, linestyle=style, label=f"{name}: {100 * value:.0f} % of all")
         for label, colour in (("before", MUTED), ("after", BLUE)):
@@ -235,7 +235,7 @@ def log_curves(log: Log, held_out: Log | None = None) -> str | None:
             if metric == ACCURACY:
                 axes.set_ylim(-0.02, 1.03)
                 axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
-        axes.set_xlabel("optimizer step")
+        axes.set_xlabel("optimizer step" if log.has_steps else "record")
         figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=3, columnspacing=1.0)
 
     return svg_of(1.0 + 1.9 * len(panels), draw, "Margins and accuracies over the run")

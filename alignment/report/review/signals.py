@@ -12,7 +12,7 @@ import numpy as np
 from scipy.special import expit
 from scipy.stats import spearmanr
 
-from .conventions import REPLY_BYTES, SAME_LENGTH
+from .conventions import FEWEST_MATCHED, REPLY_BYTES, SAME_LENGTH
 from .logs import LogSignals
 from .pairs import Pairs, Scores
 from .statistics import (
@@ -47,7 +47,6 @@ class Lengths:
     shorter_wins: float
     rank_before: float | None  # Spearman, of chosen - rejected tokens and d; None where one of the two does not vary
     rank_after: float | None
-    matched: Matched
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ class PairSignals:
     accuracy_after: Estimate
     own: OwnReward
     saturation: Saturation | None
-    lengths: Lengths
+    matched: Matched  # the length-matched change of d
     accuracy_before: Estimate | None = None
     accuracy_change: ShareChange | None = None  # D
     d_change: Estimate | None = None  # H on held-out pairs, P on the probe
@@ -138,7 +137,7 @@ def pair_signals(pairs: Pairs, gamma: float | None = None) -> PairSignals:
         "accuracy_after": share_of(after.d > 0, prompts),
         "own": own_reward(pairs),
         "saturation": None if gamma is None else saturation(pairs, gamma),
-        "lengths": lengths_of(pairs),
+        "matched": matched_of(pairs),
     }
     if before is None:
         return PairSignals(**shared)
@@ -172,7 +171,15 @@ def saturation(pairs: Pairs, gamma: float) -> Saturation:
     return Saturation(beyond, pairs.before and left(pairs.before), left(pairs.after))
 
 
+def matched_of(pairs: Pairs) -> Matched:
+    """The length-matched change of d, if there are enough pairs to tell it by."""
+    change = np.zeros(len(pairs)) if pairs.before is None else pairs.after.d - pairs.before.d
+    found = length_matched(change, pairs.chosen_tokens, pairs.rejected_tokens, pairs.prompts)
+    return found if pairs.before is not None and found.pairs >= FEWEST_MATCHED else Matched(None, found.pairs)
+
+
 def lengths_of(pairs: Pairs) -> Lengths:
+    """For a reader; no verdict depends on it."""
     chosen, rejected = pairs.chosen_tokens, pairs.rejected_tokens
     log_ratio = np.log(chosen / rejected)
     groups = (
@@ -187,15 +194,12 @@ def lengths_of(pairs: Pairs) -> Lengths:
             before = of_group.before and share_of(of_group.before.d > 0, of_group.prompts)
             found.append(LengthGroup(name, before, share_of(of_group.after.d > 0, of_group.prompts)))
     ties = (chosen == rejected).mean() / 2
-    change = np.zeros(len(pairs)) if pairs.before is None else pairs.after.d - pairs.before.d
-    matched = length_matched(change, chosen, rejected, pairs.prompts)
     return Lengths(
         groups=tuple(found),
         longer_wins=float((chosen > rejected).mean() + ties),
         shorter_wins=float((chosen < rejected).mean() + ties),
         rank_before=pairs.before and rank_correlation(chosen - rejected, pairs.before.d),
         rank_after=rank_correlation(chosen - rejected, pairs.after.d),
-        matched=matched if pairs.before is not None else Matched(None, matched.pairs),
     )
 
 

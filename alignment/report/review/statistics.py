@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy.special import ndtri, stdtr, stdtrit
-from scipy.stats import norm
+from scipy.special import ndtr, ndtri, stdtr, stdtrit
 
 from .conventions import LENGTH_EDGES, LEVEL
 
@@ -40,22 +39,22 @@ class ShareChange(NamedTuple):
 
 
 def number_of(prompts: np.ndarray) -> int:
-    return len(np.unique(prompts))
+    return int((np.bincount(prompts) > 0).sum())
 
 
 def variance_of_mean(values: np.ndarray, prompts: np.ndarray) -> tuple[float, int, float]:
     """Of the mean of n values: variance from the sums within prompts, the number of prompts, and e.
 
-    prompts: (n,) int, which prompt each value belongs to. e = max(1, variance from prompt sums / variance from pairs), by how
-    much n overstates the evidence. Where no prompt repeats, the variance is the usual one and e is 1.
+    prompts: (n,) int, from 0, which prompt each value belongs to. e = max(1, variance from prompt sums / variance from
+    pairs), by how much n overstates the evidence. Where no prompt repeats, the variance is the usual one and e is 1.
     """
     n = len(values)
     residuals = values - values.mean()
     from_pairs = residuals @ residuals / (n * max(n - 1, 1))
-    sums = np.bincount(np.unique(prompts, return_inverse=True)[1], weights=residuals)
-    count = len(sums)
+    count = number_of(prompts)
     if count == n:
         return from_pairs, count, 1.0
+    sums = np.bincount(prompts, weights=residuals)
     from_sums = count / max(count - 1, 1) * (sums @ sums) / n**2
     return from_sums, count, max(1.0, from_sums / from_pairs) if from_pairs > 0 else 1.0
 
@@ -69,7 +68,7 @@ def p_of(statistic: float, df: float) -> float:
     """Two-sided."""
     if math.isnan(statistic):
         return 1.0
-    return float(2 * (norm.sf(abs(statistic)) if math.isinf(df) else stdtr(df, -abs(statistic))))
+    return float(2 * (ndtr(-abs(statistic)) if math.isinf(df) else stdtr(df, -abs(statistic))))
 
 
 def ratio(value: float, se: float) -> float:
@@ -163,7 +162,8 @@ def order_of(d: np.ndarray) -> tuple[float, np.ndarray]:
     rim = 1 / (n * (n - 1))
     share = min(max(float(shares.mean()), rim), 1 - rim)
     probit = float(ndtri(share))
-    return probit / math.sqrt(2), 2 * (shares - share) / (math.sqrt(2) * float(norm.pdf(probit)))
+    density = math.exp(-(probit**2) / 2) / math.sqrt(2 * math.pi)
+    return probit / math.sqrt(2), 2 * (shares - share) / (math.sqrt(2) * density)
 
 
 def change_of_order(before: np.ndarray, after: np.ndarray, prompts: np.ndarray) -> Estimate:
@@ -214,8 +214,8 @@ def length_matched(change: np.ndarray, chosen: np.ndarray, rejected: np.ndarray,
     total = sum(weight for weight, _, _ in parts)
     value = sum(weight * mean for weight, mean, _ in parts) / total
     influence = sum(weight * residuals for weight, _, residuals in parts) / total
-    sums = np.bincount(np.unique(prompts[used], return_inverse=True)[1], weights=influence[used])
-    count = len(sums)
+    sums = np.bincount(prompts[used], weights=influence[used])
+    count = number_of(prompts[used])
     scale = count / max(count - 1, 1) if count < used.sum() else 1.0
     estimate = around(float(value), math.sqrt(scale * (sums @ sums)), count - 1, int(used.sum()), count)
     return Matched(estimate, int(thinner))

@@ -130,7 +130,7 @@ def by_accuracy(signals: Signals, change: Estimate | None, limit: float, delta: 
 
 
 def qualifiers_of(held_out: PairSignals, change: Estimate, limit: float) -> tuple[str, ...]:
-    matched = held_out.lengths.matched.change
+    matched = held_out.matched.change
     excluded = matched is not None and matched.low > 0
     return (*([SMALL] if change.high < limit else []), *([] if excluded else [LENGTH]))
 

@@ -21,7 +21,7 @@ from .figures import (
 )
 from .logs import LogSignals
 from .reading import Reading
-from .signals import PairSignals, Replies, Signals
+from .signals import Lengths, PairSignals, Replies, Signals
 from .verdict import (
     COLLAPSING,
     GENERALIZING,
@@ -43,7 +43,7 @@ MEANINGS = {
     UNDER_TRAINED: "neither held-out pairs nor the training probe moved by what matters",
     GENERALIZING: "more held-out pairs are in the right order than before, and chosen moved away from rejected",
     OVER_OPTIMIZING: "training pairs moved, held-out ones by less than half as much, and their order did not improve by delta",
-    INFLATING: "held-out margins grew, and the order of the pairs did not improve by delta: here a margin is no sign of learning",
+    INFLATING: "held-out margins grew, and the order of the pairs did not improve by delta: here margins show no learning",
     WORSENING: "fewer held-out pairs are in the right order than before; swapped labels look so",
     NOT_DECIDABLE: "these pairs do not tell",
     NO_VERDICT: "too few held-out prompts",
@@ -94,8 +94,9 @@ def key_figures(signals: Signals) -> list[tuple[str, str]]:
         ("D, its change", points(held_out.accuracy_change and held_out.accuracy_change.change)),
         ("H, change of d, held-out", nats(held_out.d_change)),
         ("P, change of d, probe", nats(probe and probe.d_change)),
+        ("K = H - P/2", nats(signals.gap)),
         ("C, change of the chosen", nats(held_out.chosen_change)),
-        ("length-matched change of d", nats(held_out.lengths.matched.change)),
+        ("length-matched change of d", nats(held_out.matched.change)),
     ]
     return [(label, value) for label, value in found if value != NONE]
 
@@ -150,10 +151,9 @@ def gradient_left(side: PairSignals) -> str:
     return f"{before}{saturation.gradient_after:.3f} ({sample(side.n, side.prompts)})"
 
 
-def length_table(held_out: PairSignals) -> Table:
-    lengths = held_out.lengths
+def length_table(held_out: PairSignals, lengths: Lengths) -> Table:
     rows = [(group.name, share(group.before), share(group.after)) for group in lengths.groups]
-    matched = lengths.matched
+    matched = held_out.matched
     told = nats(matched.change) if matched.change else "none: these pairs cannot tell brevity from preference"
     n = counted(held_out.n, "pair")
     ranks = [f"{rank:+.2f} ({n})" if rank is not None else NONE for rank in (lengths.rank_before, lengths.rank_after)]
@@ -192,15 +192,15 @@ def log_table(log: LogSignals) -> Table:
         ("chosen reward, first half", half(log.early_chosen, " units of reward")),
         ("chosen reward, second half", half(log.late_chosen, " units of reward")),
         ("rejected reward, second half", half(log.late_rejected, " units of reward")),
-        ("held-out margin", ends(log.held_out_margin)),
+        ("held-out margin", ends(log.held_out_margin, " units of reward")),
         ("held-out accuracy", ends(log.held_out_accuracy, " %", 100)),
-        ("probe margin", ends(log.probe_margin)),
+        ("probe margin", ends(log.probe_margin, " units of reward")),
         ("probe accuracy", ends(log.probe_accuracy, " %", 100)),
     ]
     note = "Means of logged records, in the run's own units of reward; -> from the first to the last record, at its step."
     if log.malformed or log.not_finite:
         note += f" Left out: {log.malformed} malformed lines, {log.not_finite} values that are not finite."
-    return Table("From the log", ("", "mean of records"), [row for row in rows if row[1] != NONE], note)
+    return Table("From the log", ("", ""), [row for row in rows if row[1] != NONE], note)
 
 
 def convention_table(delta: float, spread: float | None) -> Table:
