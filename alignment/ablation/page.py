@@ -89,8 +89,9 @@ def row_of(state: State, cell: Cell) -> tuple[str, ...]:
     if not result.is_of_pairs:
         return (cell.name, "finished; no pairs", NONE, NONE, NONE, loss)
     n = len(result.reading.held_out)
-    gap = NONE if result.gap is None else f"{result.gap:+.4f}"
-    margin = NONE if result.train_margin is None else f"{result.train_margin:.3f}"
+    gap = NONE if result.gap is None else f"{result.gap:+.4f} ({len(result.reading.probe)} - {n} pairs)"
+    late = result.signals.log and result.signals.log.late_margin
+    margin = f"{late.mean:.3f} ({late.n} records)" if late else NONE
     return (cell.name, verdict, f"{result.right} of {n} ({result.right / n:.1%})", gap, margin, loss)
 
 
