@@ -1,4 +1,4 @@
-# setup · quickstart · ablation · test · test-all · test-torch-2.11 · style · bench · review-proof · gpu-proof
+# setup · quickstart · ablation · test · test-all · test-newest · test-torch-2.11 · style · bench · review-proof · gpu-proof
 # Every target first builds .venv where it is missing or older than the files that describe it.
 
 PYTHON ?= python3
@@ -7,10 +7,14 @@ EXTRAS ?= dev
 VENV := .venv
 RUN := $(VENV)/bin/python
 OLD_TORCH := .venv-torch-2.11
+OLD_READER := .venv-transformers-4
+NEWEST := .venv-newest
+# The torch of test-newest, where the newest is too large to try: make test-newest TORCH=torch==2.13.0
+TORCH ?= torch
 # One stamp for each set of extras, so that asking for another set installs it.
 STAMP := $(VENV)/installed-$(EXTRAS)
 
-.PHONY: setup quickstart ablation test test-all test-trackers test-torch-2.11 style bench review-proof gpu-proof
+.PHONY: setup quickstart ablation test test-all test-trackers test-transformers-4 test-newest test-torch-2.11 style bench review-proof gpu-proof
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -32,16 +36,37 @@ ablation: $(STAMP)
 	@test -f outputs/quickstart/sft/model.safetensors || $(RUN) scripts/quickstart/run.py
 	@$(RUN) scripts/run_ablation.py training_configs/ablations/quickstart.yaml
 
-test: $(STAMP)
-	@$(RUN) -m pytest -n 2 --dist loadfile --ignore=tests/trackers --ignore=tests/slow
+# What `make test` leaves to the targets below it.
+APART := --ignore=tests/trackers --ignore=tests/readers --ignore=tests/slow
 
-# Also what takes minutes, and what needs more packages than a run does.
+test: $(STAMP)
+	@$(RUN) -m pytest -n 2 --dist loadfile $(APART)
+
+# Also what takes minutes, and what needs other packages than a run does.
 test-all: test
 	@$(RUN) -m pytest tests/slow
+	@$(MAKE) --no-print-directory test-transformers-4
 	@$(MAKE) --no-print-directory test-trackers EXTRAS=dev,trackers
 
 test-trackers: $(STAMP)
 	@$(RUN) -m pytest tests/trackers
+
+# What a run leaves, read by transformers 4, which lives in an environment of its own.
+test-transformers-4: $(STAMP) $(OLD_READER)/installed
+	@TRANSFORMERS_4=$(OLD_READER)/bin/python $(RUN) -m pytest tests/readers
+
+$(OLD_READER)/installed: constraints.txt
+	@$(PYTHON) -m venv $(OLD_READER)
+	@$(OLD_READER)/bin/python -m pip install -qq --disable-pip-version-check \
+		"$$(grep '^torch==' constraints.txt)" transformers==4.57.6
+	@touch $@
+
+# The floors of setup.cfg and no constraints: what the newest releases will break.
+test-newest:
+	@$(PYTHON) -m venv --clear $(NEWEST)
+	@$(NEWEST)/bin/python -m pip install -qq --disable-pip-version-check '$(TORCH)' -e '.[dev]'
+	@$(NEWEST)/bin/python -m pip list --format=freeze | diff constraints.txt - | grep '^>' || true
+	@$(NEWEST)/bin/python -m pytest -n 2 --dist loadfile $(APART)
 
 style: $(STAMP)
 	@$(RUN) -m ruff check
@@ -63,7 +88,8 @@ $(OLD_TORCH)/installed: setup.cfg pyproject.toml constraints.txt
 bench: $(STAMP)
 	@for file in $(filter-out benchmarks/gpu_proof.py benchmarks/review_%.py,$(wildcard benchmarks/*.py)); do echo "== $$file"; $(RUN) $$file || exit 1; done
 
-# How far a review is right: simulated record sets, and runs on the quickstart's model that are built to go wrong. An hour.
+# How far a review is right: simulated record sets, and runs on the quickstart's model that are built to go wrong. A quarter
+# of an hour after the quickstart.
 review-proof: quickstart
 	@$(RUN) benchmarks/review_coverage.py
 	@$(RUN) benchmarks/review_power.py

@@ -83,7 +83,7 @@ def train(name: str, method: str, pairs: Path, *settings: str) -> Path:
 
 
 def built() -> dict[str, Callable[[], Path]]:
-    long = ("--num_train_epochs=40", "--per_device_train_batch_size=16", "--learning_rate=2e-3")
+    long = ("--num_train_epochs=40", "--per_device_train_batch_size=16", "--learning_rate=5e-4")
     adapter = ("--use_peft", "--lora_r=64", "--lora_alpha=64", '--lora_target_modules=["all-linear"]')
     short = ("--max_steps=40",)
     return {

@@ -5,7 +5,8 @@
 A step is the forward and backward of all pairs, in micro-batches, collation included. All contenders share one set of random
 weights, get the same pairs, must report the same loss, and on a CPU take turns; what is printed are medians over repeats, with
 the smallest and the largest. Seconds are those of all cores together on a CPU, and the device's on a GPU. A contender may be
-given micro-batches of its own: `published@8` has 8 pairs in each, `packed@16384t` 16,384 tokens.
+given micro-batches of its own: `published@8` has 8 pairs in each, `packed@16384t` 16,384 tokens; and another method than
+`--method`: beside DPO's step, `packed:simpo` is SimPO's.
 """
 
 import argparse
@@ -205,6 +206,7 @@ class Contender(NamedTuple):
     """One of CONTENDERS at work, in micro-batches of its own."""
 
     name: str
+    method: str
     loss: Loss
     micro_batches: list[list[Row]]
     rotary: Callable[..., Any] | None  # Liger puts its own rotation into the model's file, where all contenders would find it
@@ -214,21 +216,21 @@ def enter(
     name: str, model: PreTrainedModel, rows: list[Row], tokenizer: PreTrainedTokenizerBase, folder: str, args
 ) -> Contender:
     kind, _, size = name.partition("@")
+    kind, _, method = kind.partition(":")
+    method = method or args.method
     own = twin(model, checkpointing=args.gradient_checkpointing)
     file = sys.modules[type(model).__module__]
     before = getattr(file, "apply_rotary_pos_emb", None)
-    setup = Setup(
-        own, tokenizer, torch.device(args.device), folder, args.method, rows, args.recompute_layers, args.fused_layers
-    )
+    setup = Setup(own, tokenizer, torch.device(args.device), folder, method, rows, args.recompute_layers, args.fused_layers)
     loss = CONTENDERS[kind](setup)
     rotary = getattr(file, "apply_rotary_pos_emb", None)
     if before is not None:
         file.apply_rotary_pos_emb = before
     if size.endswith("t"):
         collator = PaddedCollator(0) if kind == "padded" else PackedCollator()
-        return Contender(name, loss, divided(rows, collator, int(size[:-1])), rotary)
+        return Contender(name, method, loss, divided(rows, collator, int(size[:-1])), rotary)
     pairs = int(size or args.pairs_per_micro_batch)
-    return Contender(name, loss, [rows[i : i + pairs] for i in range(0, len(rows), pairs)], rotary)
+    return Contender(name, method, loss, [rows[i : i + pairs] for i in range(0, len(rows), pairs)], rotary)
 
 
 # ---- Model and pairs ----
@@ -331,7 +333,7 @@ def take_turns(
 ) -> tuple[dict[str, list[float]], dict[str, float]]:
     """Seconds of every repeat, by contender, and on a GPU the memory that each had at its peak, in GB.
 
-    Raises AssertionError if a contender's mean loss is not the first one's.
+    Raises AssertionError if a contender's mean loss is not that of the first one of its method.
     """
     seconds: dict[str, list[float]] = {contender.name: [] for contender in contenders}
     means: dict[str, list[float]] = {contender.name: [] for contender in contenders}
@@ -351,9 +353,10 @@ def take_turns(
         for _ in range(args.repeats):
             for contender in contenders:
                 measure(model, contender, seconds, means)
-    expected = next(iter(means.values()))[0]
-    equal = all(math.isclose(mean, expected, rel_tol=TOLERANCE[args.dtype]) for own in means.values() for mean in own)
-    assert equal, f"losses differ: {means}"
+    for method in {contender.method for contender in contenders}:
+        found = [mean for contender in contenders if contender.method == method for mean in means[contender.name]]
+        equal = all(math.isclose(mean, found[0], rel_tol=TOLERANCE[args.dtype]) for mean in found)
+        assert equal, f"{method}: losses differ: {means}"
     return seconds, peaks
 
 
@@ -501,9 +504,12 @@ def versions() -> str:
 
 
 def contender_name(text: str) -> str:
-    kind, at, size = text.partition("@")
-    if kind not in CONTENDERS or bool(at) != size.removesuffix("t").isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r}: one of {', '.join(CONTENDERS)}, perhaps with @PAIRS or @TOKENSt behind it")
+    name, at, size = text.partition("@")
+    kind, colon, method = name.partition(":")
+    if kind not in CONTENDERS or bool(at) != size.removesuffix("t").isdigit() or bool(colon) != (method in METHODS):
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: one of {', '.join(CONTENDERS)}, perhaps with :METHOD, and @PAIRS or @TOKENSt, behind it"
+        )
     return text
 
 

@@ -278,14 +278,30 @@ def unnamed_tool(row: dict[str, Any], prompt: str) -> Finding | None:
 
 
 def bos_faults(texts: dict[str, str], given: Turns, tokenizer: PreTrainedTokenizerBase) -> Iterator[Finding]:
-    """A bos that is not the one at the beginning, unless it is in what somebody said."""
+    """A bos that is not the one at the beginning, unless it is in what somebody said, or opens every turn."""
     bos = tokenizer.bos_token
     if bos is None or bos == tokenizer.eos_token or any(bos in turn["content"] for turn in given):
         return
+    opens_turns = bos_opens_turns(tokenizer, str(tokenizer.chat_template))
     for column, text in texts.items():
         count = text.count(bos)
-        if count > 1 or (count == 1 and (column != "prompt" or not text.startswith(bos))):
+        if bos + bos in text or (not opens_turns and (count > 1 or (count == 1 and not opens(column, text, bos)))):
             yield Finding(SECOND_BOS, f"{column} has {bos!r} elsewhere than at its beginning: {text[:60]!r}")
+
+
+def opens(column: str, text: str, bos: str) -> bool:
+    return column == "prompt" and text.startswith(bos)
+
+
+@functools.lru_cache(maxsize=4)
+def bos_opens_turns(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
+    """Whether the tokenizer's template opens each turn with bos, as ChatML does where <|im_start|> is called that."""
+    roles = ("user", "assistant", "user")
+    try:
+        text = render([{"role": role, "content": PROBE} for role in roles], tokenizer)
+    except TemplateRefusal:
+        return False
+    return all(tokenizer.bos_token in part for part in text.split(PROBE)[: len(roles)])
 
 
 def special_tokens(given: Turns, tokenizer: PreTrainedTokenizerBase) -> Iterator[Finding]:

@@ -20,6 +20,7 @@ from ..model.loading import load_tokenizer
 from ..recipe.configs import Run
 from . import chat, prepare, template
 from .mixing import count_reasons, flaws_of, get_datasets, listing
+from .sources import TRAIN
 from .tokenization import SIDES
 
 logger = logging.getLogger(__name__)
@@ -105,7 +106,7 @@ def tokenize_pair_rows(name: str, rows: Dataset, tokenizer: PreTrainedTokenizerB
     texts = prepare.to_pair_texts(rows, tokenizer, **text_settings(run_))
     usable, found = usable_rows(name, texts, tokenizer, run_)
     texts, rows = (each if len(usable) == len(each) else each.select(usable) for each in (texts, rows))
-    if name == "train":
+    if name.startswith(TRAIN):
         log_samples(texts)
     tokens = prepare.to_tokens(texts, tokenizer, args.length_rules, num_proc=run_.workers)
     tokens = with_hashes(tokens, rows)  # of training pairs too: some are recorded, as the probe

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import UserError
 from ..recipe.configs import ModelArguments
-from .adapters import EMBEDDINGS, adapter_weights, continues, own_quantisation, quantised_by
+from .adapters import EMBEDDINGS, adapter_weights, continues, own_quantisation, quantised_by, tied_target
 from .loading import Adapter, find_adapter, sharding
 
 HEADS = ("lm_head", "embed_out")
@@ -174,6 +174,8 @@ def adapted_embedding(weights: Path) -> str | None:
 def layer_complaints(model_args: ModelArguments, config: PreTrainedConfig) -> Iterator[str]:
     """Names that are no layer of the model, by its skeleton: the model without weights. peft ignores those among others."""
     targets = model_args.lora_target_modules
+    if problem := tied_target(targets, config):
+        yield f"lora_target_modules: {problem}"
     if targets is None and config.model_type not in LORA_DEFAULTS:
         yield (
             f"lora_target_modules = None: peft knows no usual layers for the architecture {config.model_type!r}; name the "

@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ from .loading import (
     parameter_dtype,
     pinned,
 )
+from .text_part import outside_text
 from .tokenizer_files import save_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -73,6 +74,17 @@ def lora_config(model_args: ModelArguments, config: PreTrainedConfig | None = No
     )
 
 
+def tied_target(targets: Iterable[str] | str | None, config: PreTrainedConfig) -> str | None:
+    """Why no new adapter belongs on these layers: one is the embedding and the head of the model at once."""
+    if not config.get_text_config().tie_word_embeddings or isinstance(targets, str):
+        return None
+    layer = next((name for name in targets or () if name.rsplit(".", 1)[-1] in EMBEDDINGS), None)
+    return layer and (
+        f"an adapter on {layer}, which in this model is one matrix with the layer at its other end, would change both once it "
+        f"is merged; lora_modules_to_save: [{layer}] trains them as one"
+    )
+
+
 def prepare_base(model: PreTrainedModel, args: TrainingArguments) -> PreTrainedModel:
     """A frozen base, quantised or not, ready for an adapter and for gradient checkpointing."""
     if getattr(model, "is_quantized", False):
@@ -91,6 +103,10 @@ def add_adapter(model: PreTrainedModel, config: LoraConfig, args: TrainingArgume
     """A new adapter on a frozen base. Raises UserError if peft cannot add it, to layers that the model lacks for one."""
     if isinstance(model, PeftModel):
         raise UserError("the model has an adapter already; give either that or peft_config, or merge it first")
+    if problem := tied_target(config.target_modules, model.config):
+        raise UserError(f"target_modules: {problem}")
+    if config.exclude_modules is None:
+        config.exclude_modules = outside_text(model)
     try:
         return get_peft_model(prepare_base(model, args), config)
     except (ValueError, TypeError) as error:

@@ -9,6 +9,7 @@ import torch
 from peft import PeftConfig
 from torch import nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     PreTrainedConfig,
@@ -205,7 +206,7 @@ def check_model_path(model_args: ModelArguments) -> PreTrainedConfig:
     if adapter is not None:
         path, revision = adapter.base
     try:
-        return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=model_args.trust_remote_code)
+        config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=model_args.trust_remote_code)
     except (OSError, ValueError) as error:
         if adapter is None:
             raise UserError(unloadable("configuration", path, error)) from error
@@ -214,6 +215,18 @@ def check_model_path(model_args: ModelArguments) -> PreTrainedConfig:
             f"({first_line(error)}). Put the base there, or correct base_model_name_or_path in adapter_config.json; a gated "
             "model needs `hf auth login`."
         ) from error
+    refuse_other_kinds(config, path, trust_remote_code=model_args.trust_remote_code)
+    return config
+
+
+def refuse_other_kinds(config: PreTrainedConfig, path: str, *, trust_remote_code: bool) -> None:
+    """Raises UserError for a model that no text can be generated with by itself: one for images and text, say."""
+    has_own_code = trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not has_own_code:
+        raise UserError(
+            f"{path!r} is a model of type {config.model_type}, which transformers has no causal language model of "
+            "(AutoModelForCausalLM); give a text model, of the same family for one"
+        )
 
 
 def load_policy(path: str, **init_kwargs: Any) -> PreTrainedModel:

@@ -37,6 +37,10 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda value: value in ("auto", "all") or (not isinstance(value, str) and value >= 0),
         "must be auto, all or a number that is not negative",
     ),
+    "neftune_noise_alpha": (
+        lambda value: not value,
+        "is not supported for pairs: its noise goes by a row's length, which padding and packing change; remove it",
+    ),
     "train_probe": (lambda value: value >= 0, "must not be negative"),
 }
 
@@ -108,7 +112,7 @@ class PairConfig(RunArguments, TrainingArguments):
     )
     score_step_0: bool = field(
         default=True,
-        metadata={"help": "Score the held-out pairs before the first step too, for eval_pairs.jsonl: what training changed."},
+        metadata={"help": "Score the held-out pairs and the probe's before the first step too: what training changed."},
     )
     train_probe: int = field(
         default=256,

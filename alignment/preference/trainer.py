@@ -11,17 +11,20 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback, TrainerCallback
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, PredictionOutput
 
 from ..data.chat import TEXT_COLUMNS
-from ..data.prepare import longest_pair, to_tokens
-from ..data.tokenization import SIDES, TOKEN_COLUMNS, tokenize_pairs
+from ..data.handed import pair_tokens
+from ..data.prepare import longest_pair
+from ..data.tokenization import SIDES, tokenize_pairs
 from ..errors import UserError
 from ..model.adapters import add_adapter
+from ..model.config_files import whole_model
 from ..model.head import add_lm_head
 from ..model.layers import use_fused_kernels
 from ..model.loading import disable_dropout, load_policy, parameter_dtype
 from ..model.shared_prompt import describe_kernel, use_shared_prompts, why_not
+from ..model.text_part import freeze_other_parts
 from ..report.card import pair_card
 from ..run.guards import NonFiniteStep
 from .collate import Batch, PackedCollator, PaddedCollator
@@ -35,6 +38,12 @@ from .throughput import Throughput, dense_flops
 
 logger = logging.getLogger(__name__)
 
+# Arguments of the HF Trainer that mean nothing here.
+UNUSED = {
+    "model_init": "the model is loaded once, from `model`; make a trainer for each trial",
+    "compute_loss_func": "an objective is a method of its own: override pair_losses (docs/add-an-objective.md)",
+    "preprocess_logits_for_metrics": "logits of whole vocabularies never exist here; compute_metrics gets rewards",
+}
 FORWARD_COLUMNS = ("input_ids", "attention_mask", "position_ids", "shift_labels", "scored", "shared_prompt")
 
 
@@ -42,8 +51,10 @@ class PairTrainer(DividedSteps, ScoredFirst):
     """Trains a causal language model on preference pairs; a subclass says what their losses are, in `pair_losses`.
 
     model: a path or Hub name, loaded with args.model_init_kwargs, or a model.
-    train_dataset, eval_dataset: rows of text (columns prompt, chosen, rejected) or of token ids (see
-    `alignment.data.tokenization.TOKEN_COLUMNS`, with index); eval_dataset may be a dict of several.
+    train_dataset, eval_dataset: rows of conversations, text or token ids (see `alignment.data.handed.pair_tokens`);
+    eval_dataset may be a dict of several. `evaluate` and `predict` take the same.
+    compute_metrics: gets each held-out pair's rewards, (N, 2), chosen and rejected, as predictions, and (N,) zeros, the column
+    that is to be the higher, as label_ids; what it returns is logged with the other metrics.
     processing_class: the tokenizer.
     peft_config: adds an adapter, and trains only that.
 
@@ -64,8 +75,7 @@ class PairTrainer(DividedSteps, ScoredFirst):
         callbacks: list[TrainerCallback] | None = None,
         **kwargs: Any,
     ):
-        if processing_class is None:
-            raise UserError(f"processing_class = None: {type(self).__name__} needs the tokenizer")
+        refuse_arguments(type(self).__name__, model, processing_class, kwargs)
         self.base_model_name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", None)
         self.dataset_names: list[str] = []  # for the model card
         self.template_settings: dict[str, Any] | None = None  # the recipe's chat_template_kwargs, for the card too
@@ -74,17 +84,12 @@ class PairTrainer(DividedSteps, ScoredFirst):
 
         if args.max_length is None or args.max_prompt_length is None:
             logger.warning("max_length is %d and max_prompt_length %d tokens.", args.length_limit, args.prompt_limit)
-        train_dataset, eval_dataset = (self.tokenized(data, processing_class, args) for data in (train_dataset, eval_dataset))
+        train_dataset = self.tokenized("train_dataset", train_dataset, processing_class, args)
+        eval_dataset = self.tokenized("eval_dataset", eval_dataset, processing_class, args)
         if train_dataset is not None:
             args.refuse_zero_steps(len(train_dataset))
-        if isinstance(model, str):
-            model = load_policy(model, **{"dtype": parameter_dtype(None), **(args.model_init_kwargs or {})})
-        policy = model.get_base_model() if isinstance(model, PeftModel) else model
-        add_lm_head(policy)
-        if peft_config is not None:
-            model = add_adapter(model, peft_config, args)
-        if args.disable_dropout and (switched_off := disable_dropout(model)):
-            logger.info("Dropout off: %s", ", ".join(switched_off))
+        model = prepared(model, peft_config, args)
+        policy = whole_model(model)
         padding = args.padding_value if args.padding_value is not None else processing_class.pad_token_id
         is_packed, scores_prompt = packs(policy, args.pair_layout, args.device), self.objective.scores_prompt
         collator = PackedCollator(scores_prompt) if is_packed else PaddedCollator(padding, scores_prompt)
@@ -94,7 +99,7 @@ class PairTrainer(DividedSteps, ScoredFirst):
         super().__init__(
             model=model,
             args=args,
-            data_collator=kwargs.pop("data_collator", collator),
+            data_collator=kwargs.pop("data_collator", None) or collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -108,20 +113,14 @@ class PairTrainer(DividedSteps, ScoredFirst):
             self.model.add_model_tags(["trl", self.objective.tag])
 
     def tokenized(
-        self, data: Dataset | dict[str, Dataset] | None, tokenizer: PreTrainedTokenizerBase, args: PairConfig
+        self, name: str, data: Dataset | dict[str, Dataset] | None, tokenizer: PreTrainedTokenizerBase, args: PairConfig
     ) -> Dataset | dict[str, Dataset] | None:
-        """Token ids of a data set, of each of several, or of none; what is tokenized already is left as it is."""
-        if data is None or isinstance(data, dict):
-            return data and {name: self.tokenized(split, tokenizer, args) for name, split in data.items()}
-        columns = set(data.column_names)
-        if columns >= {*TOKEN_COLUMNS, "index"}:
-            return data
-        if not columns >= set(TEXT_COLUMNS):
-            raise UserError(
-                f"columns {sorted(columns)}: {type(self).__name__} needs text in {', '.join(TEXT_COLUMNS)}, or token ids in "
-                f"{', '.join((*TOKEN_COLUMNS, 'index'))}"
-            )
-        return to_tokens(data, tokenizer, args.length_rules, num_proc=args.dataset_num_proc)
+        """Token ids of a data set, or of each of several held-out ones."""
+        if data is None:
+            return None
+        if isinstance(data, dict) and name == "eval_dataset":
+            return {key: pair_tokens(f"{name}[{key!r}]", rows, tokenizer, args) for key, rows in data.items()}
+        return pair_tokens(name, data, tokenizer, args)
 
     # ---- The objective ----
 
@@ -234,6 +233,15 @@ class PairTrainer(DividedSteps, ScoredFirst):
 
     # ---- Evaluation: per pair, so that every held-out row counts once on any number of processes ----
 
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        if not isinstance(eval_dataset, str):  # the name of one of several
+            eval_dataset = self.tokenized("eval_dataset", eval_dataset, self.processing_class, self.args)
+        return super().evaluate(eval_dataset, *args, **kwargs)
+
+    def predict(self, test_dataset: Any, *args: Any, **kwargs: Any) -> PredictionOutput:
+        """The HF Trainer's, of pairs: predictions are (N, 2) rewards, label_ids (N,) zeros, see compute_metrics."""
+        return super().predict(pair_tokens("test_dataset", test_dataset, self.processing_class, self.args), *args, **kwargs)
+
     def prediction_step(
         self,
         model: nn.Module,
@@ -273,6 +281,11 @@ class PairTrainer(DividedSteps, ScoredFirst):
         if metric_key_prefix == next(iter(self.held_out_sets()), None):
             output.metrics.update(self.probe_metrics())
         self.eval_pairs[metric_key_prefix] = pair_columns(self.state.global_step, rows, about["index"], scores, outcome)
+        rewards = torch.stack([outcome.chosen_rewards, outcome.rejected_rewards], dim=1).cpu().numpy()
+        output = output._replace(predictions=rewards, label_ids=np.zeros(len(rewards), dtype=np.int64))
+        if self.compute_metrics is not None:
+            own = self.compute_metrics(EvalPrediction(predictions=output.predictions, label_ids=output.label_ids))
+            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in own.items()})
         return output
 
     def probe_metrics(self) -> dict[str, float]:
@@ -375,6 +388,34 @@ class PairTrainer(DividedSteps, ScoredFirst):
         logps = logits[:, :-1].float().log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None]).squeeze(-1)
         sums, tokens = response_sums(logps, targets != -100)
         return sums / tokens if average_log_prob else sums
+
+
+def prepared(
+    model: str | PreTrainedModel | PeftModel, peft_config: PeftConfig | None, args: PairConfig
+) -> PreTrainedModel | PeftModel:
+    """Loaded, with the head that scores, the adapter that is trained, and no dropout."""
+    if isinstance(model, str):
+        model = load_policy(model, **{"dtype": parameter_dtype(None), **(args.model_init_kwargs or {})})
+    policy = whole_model(model)
+    if frozen := freeze_other_parts(policy):
+        logger.info("Only the language model is trained; no text passes %s.", ", ".join(frozen))
+    add_lm_head(policy)
+    if peft_config is not None:
+        model = add_adapter(model, peft_config, args)
+    if args.disable_dropout and (switched_off := disable_dropout(model)):
+        logger.info("Dropout off: %s", ", ".join(switched_off))
+    return model
+
+
+def refuse_arguments(name: str, model: Any, tokenizer: Any, others: dict[str, Any]) -> None:
+    """Raises UserError for what a trainer of pairs lacks, and for what would have no effect on it."""
+    if tokenizer is None:
+        raise UserError(f"processing_class = None: {name} needs the tokenizer")
+    for key, advice in UNUSED.items():
+        if others.get(key) is not None:
+            raise UserError(f"{key}: {advice}")
+    if model is None:
+        raise UserError(f"model = None: {name} needs a path, a name on the Hub or a model")
 
 
 def trainable_share(model: nn.Module) -> float:

@@ -1,4 +1,4 @@
-"""The curves of a run, from its metrics.jsonl. The only file that imports matplotlib."""
+"""The curves of a run, from its metrics.jsonl."""
 
 import json
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ Metrics = Sequence[dict[str, Any]]
 
 
 class Series(NamedTuple):
-    """One quantity, logged as `key` in training and as `eval_` + `key` on held-out rows."""
+    """One quantity, logged as `key` in training, `eval_` + `key` on held-out rows and `probe_` + `key` on some of training."""
 
     key: str
     colour: str = BLUE
@@ -75,7 +75,7 @@ def curves_figure(metrics: Metrics, title: str, objective: Objective | None = No
 
 
 def logged_keys(panel: Panel) -> list[str]:
-    return [prefix + series.key for series in panel.series for prefix in ("", "eval_")]
+    return [prefix + series.key for series in panel.series for prefix in ("", "eval_", "probe_")]
 
 
 def curve(metrics: Metrics, key: str) -> list[tuple[int, float]]:
@@ -105,12 +105,15 @@ def draw_panel(axes: Axes, panel: Panel, metrics: Metrics) -> None:
 
 
 def draw_series(axes: Axes, series: Series, metrics: Metrics) -> None:
-    """Training thin and light, because it is noisy; held-out figures as a marked line on top."""
+    """Training thin and light, because it is noisy; held-out figures as a marked line on top, the probe's dashed beside it."""
     name = f"{series.label}, " if series.label else ""
     if train := curve(metrics, series.key):
         marker = "o" if len(train) == 1 else ""  # a line through one point is invisible
         style = {"color": series.colour, "alpha": 0.4, "linewidth": 1, "marker": marker}
         axes.plot(*zip(*train, strict=True), label=f"{name}training", **style)
+    if probe := curve(metrics, f"probe_{series.key}"):
+        style = {"color": series.colour, "linewidth": 1.2, "linestyle": "--", "marker": "s", "markersize": 3}
+        axes.plot(*zip(*probe, strict=True), label=f"{name}training probe", **style)
     if held_out := curve(metrics, f"eval_{series.key}"):
         style = {"color": series.colour, "linewidth": 1.8, "marker": "o", "markersize": 4}
         axes.plot(*zip(*held_out, strict=True), label=f"{name}held-out", **style)

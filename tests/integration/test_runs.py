@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alignment.data.splits import CONVERSATIONS, PAIRS
 from alignment.pipeline import Method, main, run
+from scripts.review_run import main as review_run
 from scripts.sft_config import SFTConfig
 from scripts.sft_trainer import SFTTrainer
 from scripts.simpo_config import SimPOConfig
@@ -112,8 +113,24 @@ def test_the_launch_command_leaves_a_model_that_scores_the_held_out_pairs_as_rep
     assert [pair["chosen_tokens"] for pair in pairs] == [row["chosen_length"] for row in rows]
 
     results = json.loads((folder / "eval_results.json").read_text())
-    assert results["eval_rewards/margins"] == pytest.approx((BETA * (chosen - rejected)).mean().item(), abs=1e-5)
+    size = BETA * chosen.abs().max().item()
+    assert results["eval_rewards/margins"] == pytest.approx((BETA * (chosen - rejected)).mean().item(), abs=1e-6 * size)
     assert results["eval_lengths/chosen"] == pytest.approx(sum(row["chosen_length"] for row in rows) / 6)
+
+
+def test_a_run_is_reviewed_by_its_own_records(launched, tmp_path, capsys):
+    folder, _ = launched
+    review_run([str(folder), "--output", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert printed.startswith("run: no verdict: too few held-out prompts")  # there are six
+    held_out, probe = (read_jsonl(folder / f"{name}_pairs.jsonl") for name in ("eval", "probe"))
+    assert f"{sum(d_of(row) > 0 for row in held_out[6:]) / 6:.1%}".removesuffix("%") in (tmp_path / "review.md").read_text()
+    assert [row["step"] for row in probe] == [0] * 6 + [4] * 6
+    assert set(probe[0]) == set(held_out[0]) >= {"prompt_sha256", "chosen_mean_logp"}
+
+
+def d_of(row: dict) -> float:
+    return row["chosen_mean_logp"] - row["rejected_mean_logp"]
 
 
 def test_a_run_explains_itself(launched, workspace):

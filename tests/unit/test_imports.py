@@ -43,6 +43,7 @@ ORDER = {
         "endings",
         "loading",
         "companions",
+        "text_part",
         "adapters",
         "adapter_checks",
         "layers",
@@ -50,7 +51,7 @@ ORDER = {
         "shared_prompt",
         "saved",
     ],
-    "data": ["files", "sources", "rows", "mixing", "template", "chat", "tokenization", "prepare", "splits"],
+    "data": ["files", "sources", "rows", "mixing", "template", "chat", "tokenization", "prepare", "splits", "handed"],
     "run": [
         "output",
         "run_folder",

@@ -49,16 +49,17 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Cell:
-    """Runs of one recipe that differ in their seed, with the spread of their accuracies by d; n held-out pairs each."""
+    """Runs of one recipe that differ in their seed, with the spread of their held-out accuracies."""
 
     runs: tuple[str, ...]
     seeds: tuple[int | None, ...]
     accuracies: tuple[float, ...]  # by d
     own_accuracies: tuple[float, ...]
+    pairs: tuple[int, ...]  # held out
 
     @property
     def deviation(self) -> float | None:
-        """Standard deviation over seeds; None of one."""
+        """Standard deviation of the accuracy by d over seeds; None of one."""
         return float(np.std(self.accuracies, ddof=1)) if len(self.accuracies) > 1 else None
 
 
@@ -152,6 +153,7 @@ def cells_of(runs: Sequence[Reading]) -> list[Cell]:
             tuple(run.seed for run in group),
             tuple(float((run.held_out.after.d > 0).mean()) for run in group),
             tuple(float((run.held_out.after.margin > 0).mean()) for run in group),
+            tuple(len(run.held_out) for run in group),
         )
         for group in groups.values()
     ]

@@ -81,7 +81,8 @@ def decimals(estimate: Estimate) -> int:
 
 
 def probability(p: float) -> str:
-    return "< 0.0001" if p < 1e-4 else f"{p:.3g}"
+    """p = 0.031, or p < 0.0001"""
+    return "p < 0.0001" if p < 1e-4 else f"p = {p:.3g}"
 
 
 def half(mean: Half | None, unit: str = "") -> str:

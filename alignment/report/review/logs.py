@@ -4,7 +4,7 @@ import ast
 import json
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -217,13 +217,4 @@ def log_signals(log: Log, held_out: Log | None = None) -> LogSignals:
         ends(PROBE, ACCURACY, log),
         sum(each.malformed for each in (log, held_out) if each),
         sum(each.not_finite for each in (log, held_out) if each),
-    )
-
-
-def joined(logs: Sequence[Log]) -> Log:
-    """Several logs as one, in this order."""
-    return Log(
-        tuple(record for log in logs for record in log.records),
-        sum(log.malformed for log in logs),
-        sum(log.not_finite for log in logs),
     )

@@ -11,6 +11,7 @@ from . import plots, wording
 from .comparison import Cell, Comparison, cells_of, compare_all
 from .conventions import DELTA
 from .figures import Table
+from .logs import Log
 from .reading import Reading
 from .signals import Signals, lengths_of
 from .verdict import Verdict, verdict_of
@@ -132,8 +133,8 @@ def run_sections(run: Reading, signals: Signals, verdict: Verdict, delta: float,
         tables += [wording.pair_table(signals), wording.length_table(held_out, lengths)]
     if signals.replies is not None:
         tables.append(wording.reply_table(signals.replies))
-    if run.log is not None:
-        if curves := plots.log_curves(run.log, run.held_out_log):
+    if signals.log is not None:
+        if curves := plots.log_curves(run.log or Log(()), run.held_out_log):
             shown.append(Plot(Markup(curves), "As logged, by the run's own reward."))
         tables.append(wording.log_table(signals.log))
     return [Section(f"{name}{verdict}", lines, shown, tables)]

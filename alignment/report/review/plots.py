@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from .conventions import COLLAPSE_NATS, STILL_NATS, accuracy_shift
+from .figures import counted
 from .logs import ACCURACY, MARGIN, PROBE, TRAIN, Log
 from .pairs import Pairs
 from .signals import Lengths, Signals
@@ -55,9 +56,11 @@ def svg_of(height: float, draw: Callable[[Figure], None], label: str) -> str:
 # ---- Intervals ----
 
 
-def draw_intervals(axes: Axes, bars: Sequence[Bar], unit: str, scale: float = 1.0, band: float | None = None) -> None:
-    """One interval a line; the band is what counts as no change."""
-    axes.axvline(0, color=MUTED, linewidth=0.8)
+def draw_intervals(
+    axes: Axes, bars: Sequence[Bar], unit: str, scale: float = 1.0, band: float | None = None, origin: float = 0.0
+) -> None:
+    """One interval a line; the band is what counts as no change, `origin` where there is none."""
+    axes.axvline(origin * scale, color=MUTED, linewidth=0.8)
     if band is not None:
         axes.axvspan(-band * scale, band * scale, color=BAND, linewidth=0)
     for place, (_, estimate, colour) in enumerate(reversed(bars)):
@@ -82,7 +85,7 @@ def changes(signals: Signals, delta: float) -> str:
     h = accuracy_shift(delta, held_out.spread)
     of_d = [(counted_label(name, side.d_change), side.d_change, colour) for name, side, colour in sides]
     if signals.gap is not None:
-        of_d.append(("K = H - P/2", signals.gap, MUTED))
+        of_d.append((f"K = H - P/2\nn = {held_out.n:,}, {probe.n:,}", signals.gap, MUTED))
 
     def draw(figure: Figure) -> None:
         rows = [len(sides), len(of_d), 2]
@@ -105,9 +108,7 @@ def run_accuracies(names: Sequence[str], estimates: Sequence[Estimate]) -> str:
     bars = [(counted_label(shortened(name), estimate), estimate, BLUE) for name, estimate in zip(names, estimates, strict=True)]
 
     def draw(figure: Figure) -> None:
-        axes = figure.subplots()
-        draw_intervals(axes, bars, "held-out accuracy by d, %", 100)
-        axes.lines[0].set_xdata([50, 50])
+        draw_intervals(figure.subplots(), bars, "held-out accuracy by d, %", 100, origin=0.5)
 
     return svg_of(0.9 + 0.5 * len(bars), draw, "Held-out accuracy of each run")
 
@@ -228,7 +229,7 @@ def log_curves(log: Log, held_out: Log | None = None) -> str | None:
                     width, marker = (1, None) if name == "training" and len(series) > 1 else (1.8, "o")
                     style = {"color": colour, "linewidth": width, "marker": marker, "markersize": 4}
                     (line,) = axes.plot(*zip(*series, strict=True), **style)
-                    handles.setdefault(f"{name}, {len(series):,} records", line)
+                    handles.setdefault(f"{name}, {counted(len(series), 'record')}", line)
             axes.set_title(title)
             axes.grid(color=GRID, linewidth=0.6)
             axes.set_axisbelow(True)

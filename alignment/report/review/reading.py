@@ -61,7 +61,9 @@ class Reading:
         return json.dumps([self.objective, kept], sort_keys=True, default=str) if kept else None
 
     def log_signals(self) -> LogSignals | None:
-        return log_signals(self.log, self.held_out_log) if self.log else None
+        if self.log is None and self.held_out_log is None:
+            return None
+        return log_signals(self.log or Log(()), self.held_out_log)
 
     def signals(self) -> Signals:
         return signals_of(

@@ -45,7 +45,7 @@ MEANINGS = {
     OVER_OPTIMIZING: "training pairs moved, held-out ones by less than half as much, and their order did not improve by delta",
     INFLATING: "held-out margins grew, and the order of the pairs did not improve by delta: here margins show no learning",
     WORSENING: "fewer held-out pairs are in the right order than before; swapped labels look so",
-    NOT_DECIDABLE: "these pairs do not tell",
+    NOT_DECIDABLE: "what was recorded does not tell",
     NO_VERDICT: "too few held-out prompts",
     SMALL: "the gain in accuracy is smaller than delta",
     LENGTH: "what was learned may be to prefer a length: the length-matched change is not shown to be above 0",
@@ -80,9 +80,9 @@ def summary(run: Reading, signals: Signals, verdict: Verdict, delta: float) -> s
     held_out, lines = signals.held_out, [f"{run.name}: {headline(verdict)}"]
     lines += [f"  {line}" for line in (*run.notes, *remarks(verdict, held_out and held_out.n, delta))]
     if held_out is not None:
-        lines += [f"  {label:34} {value}" for label, value in key_figures(signals)]
+        lines += [f"  {label:40} {value}" for label, value in key_figures(signals)]
     elif signals.log is not None:
-        lines += [f"  {row[0]:34} {row[1]}" for row in log_table(signals.log).rows if row[1] != NONE]
+        lines += [f"  {row[0]:40} {row[1]}" for row in log_table(signals.log).rows if row[1] != NONE]
     return "\n".join(lines)
 
 
@@ -142,7 +142,7 @@ def pair_table(signals: Signals) -> Table:
 
 def own_note(side: PairSignals) -> str:
     p = probability(side.own.accuracy.p)
-    return f"none: rewards are 0 at step 0 or unknown; against one half, p = {p} ({sample(side.n, side.prompts)})"
+    return f"none: rewards are 0 at step 0 or unknown; against one half, {p} ({sample(side.n, side.prompts)})"
 
 
 def gradient_left(side: PairSignals) -> str:
@@ -237,8 +237,8 @@ def comparison_table(comparisons: Sequence[Comparison]) -> Table:
         rows.append((
             f"{each.first} minus {each.second}" + (" (single seeds)" if each.single_seeds else ""),
             alone,
-            f"{points(each.by_d.change)}, p = {probability(each.adjusted_d)}",
-            f"{points(each.by_reward.change)}, p = {probability(each.adjusted_reward)}",
+            f"{points(each.by_d.change)}, {probability(each.adjusted_d)}",
+            f"{points(each.by_reward.change)}, {probability(each.adjusted_reward)}",
             f"{nats(each.d)}" if each.d else agree,
             f"{nats(each.chosen)}" if each.chosen else agree,
         ))  # fmt: skip
@@ -246,7 +246,7 @@ def comparison_table(comparisons: Sequence[Comparison]) -> Table:
         "Last step of each run, on the held-out pairs that both have. p by Holm, over "
         f"{counted(len(comparisons), 'comparison')} of each measure; intervals 95 %, not adjusted. Mean log-probabilities are "
         "compared where the responses have equally many tokens. Single seeds: such an interval speaks of pairs, not of seeds; "
-        "where seeds spread by one point, two seeds of one recipe differ so in 15 % of cases at 500 pairs."
+        "where seeds spread by one point, two seeds of one recipe differ so in one case of seven at 500 pairs."
     )
     header = ("runs", "shared pairs", "accuracy by d", "accuracy by own reward", "mean d", "mean chosen log-probability")
     return Table("Paired differences", header, rows, note)
@@ -255,10 +255,11 @@ def comparison_table(comparisons: Sequence[Comparison]) -> Table:
 def seed_table(cells: Sequence[Cell]) -> Table:
     rows = []
     for cell in cells:
+        sizes = f"{min(cell.pairs):,}" if len(set(cell.pairs)) == 1 else f"{min(cell.pairs):,} to {max(cell.pairs):,}"
         for name, values in (("d", cell.accuracies), ("own reward", cell.own_accuracies)):
             spread = "one seed" if len(values) == 1 else f"{100 * min(values):.1f} to {100 * max(values):.1f} %"
-            mean = f"{100 * sum(values) / len(values):.1f} %"
+            mean = f"{100 * sum(values) / len(values):.1f} % ({sizes} pairs a seed)"
             rows.append((", ".join(cell.runs), name, counted(len(values), "seed"), mean, spread))
-    return Table(
-        "Seeds", ("runs of one recipe", "accuracy by", "seeds", "mean", "lowest to highest"), rows, "Held-out, last step."
-    )
+    deviations = [f"{100 * cell.deviation:.1f} points ({cell.runs[0]} ...)" for cell in cells if cell.deviation is not None]
+    note = f"Held-out, last step. Standard deviation of the accuracy by d over seeds: {'; '.join(deviations)}."
+    return Table("Seeds", ("runs of one recipe", "accuracy by", "seeds", "mean", "lowest to highest"), rows, note)

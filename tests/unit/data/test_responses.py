@@ -43,7 +43,7 @@ from alignment.data.template import (
 )
 from alignment.data.tokenization import LengthRules
 from alignment.errors import UserError
-from tests.builders import EOS, bpe_tokenizer
+from tests.builders import BOS, EOS, bpe_tokenizer
 
 TRL = Path(trl.__file__).parent / "chat_templates"
 RULES = LengthRules(200, 100, "keep_end", "exact")
@@ -326,9 +326,22 @@ def test_a_bos_that_is_not_the_first_and_only_one_is_a_fault(template):
     assert SECOND_BOS in reasons(published_pair_text(row(), tokenizer, add_system=False))
 
 
-def test_a_bos_for_every_turn_is_a_fault():
-    template = "{% for m in messages %}{{ bos_token + m['role'] + m['content'] + eos_token }}{% endfor %}"
-    assert fault(row(), with_template(template)) == SECOND_BOS
+def test_a_bos_for_every_question_is_a_fault():
+    template = "{% for m in messages %}{{ (bos_token if m['role'] == 'user' else '') + m['content'] + eos_token }}{% endfor %}"
+    asked_twice = [QUESTION, {"role": "assistant", "content": "So."}, QUESTION]
+    assert fault(row(prompt=asked_twice), with_template(template)) == SECOND_BOS
+
+
+def test_a_bos_that_opens_every_turn_is_the_templates_mark_of_a_turn():
+    """SmolLM's tokenizers call ChatML's <|im_start|> their bos."""
+    template = "{% for m in messages %}{{ bos_token + m['role'] + '\n' + m['content'] + eos_token }}{% endfor %}"
+    template += "{% if add_generation_prompt %}{{ bos_token + 'assistant\n' }}{% endif %}"
+    texts = exact_pair_text(row(), tokenizer := with_template(template))
+    assert texts["prompt"].count(BOS) == 2
+    assert texts["chosen"] == "Because." + tokenizer.eos_token
+    assert SECOND_BOS not in reasons(published_pair_text(row(), tokenizer, add_system=False))
+    doubled = template.replace("bos_token +", "bos_token + bos_token +")
+    assert fault(row(), with_template(doubled)) == SECOND_BOS
 
 
 @pytest.mark.parametrize("way", ["file", "tokenizer", "text"])

@@ -262,6 +262,21 @@ def test_names_that_are_no_layer_are_refused_though_peft_ignores_them_among_othe
     assert message in refused(model_args, training_args(tmp_path))
 
 
+@pytest.mark.parametrize("layer", ["lm_head", "embed_tokens", "model.embed_tokens"])
+def test_an_adapter_on_one_end_of_tied_embeddings_is_refused_with_what_trains_both(layer, tmp_path):
+    folder = str(config_folder(tmp_path / "model", tie_word_embeddings=True))
+    targets = {"lora_target_modules": ["q_proj", layer]}
+    message = refused(ModelArguments(model_name_or_path=folder, use_peft=True, **targets), training_args(tmp_path))
+    assert f"an adapter on {layer}, which in this model is one matrix" in message
+    with pytest.raises(UserError, match="lora_modules_to_save"):
+        add_adapter(tiny_model(tie=True), LoraConfig(target_modules=["q_proj", layer]), training_args(tmp_path))
+    check_adapters(
+        ModelArguments(model_name_or_path=folder, use_peft=True, lora_modules_to_save=[layer.split(".")[-1]]),
+        training_args(tmp_path),
+        check_model_path(ModelArguments(model_name_or_path=folder)),
+    )
+
+
 def test_an_architecture_that_peft_does_not_know_needs_target_modules(tmp_path):
     folder = str(config_folder(tmp_path / "model", "granite"))
     message = refused(ModelArguments(model_name_or_path=folder, use_peft=True), training_args(tmp_path))

@@ -23,6 +23,12 @@ LEARNING_RATE = 0.05
 TRAINERS = {"simpo": (SimPOTrainer, SimPOConfig), "dpo": (DPOTrainer, DPOConfig), "orpo": (ORPOTrainer, ORPOConfig)}
 
 
+OF_THE_TRAINER = (
+    "peft_config", "processing_class", "ref_model", "model_init", "compute_metrics", "compute_loss_func",
+    "preprocess_logits_for_metrics",
+)  # fmt: skip
+
+
 @pytest.fixture
 def build_of(tmp_path: Path, tokenizer) -> Callable[..., PairTrainer]:
     """Builds a method's trainer. Plain SGD without clipping, so that a gradient of the wrong size shows in the weights."""
@@ -35,7 +41,7 @@ def build_of(tmp_path: Path, tokenizer) -> Callable[..., PairTrainer]:
         **settings: Any,
     ) -> PairTrainer:
         trainer, config = TRAINERS[method]
-        arguments = {key: settings.pop(key) for key in ("peft_config", "processing_class", "ref_model") if key in settings}
+        arguments = {key: settings.pop(key) for key in OF_THE_TRAINER if key in settings}
         args = config(
             **{
                 "output_dir": str(tmp_path / "run"),
@@ -60,7 +66,7 @@ def build_of(tmp_path: Path, tokenizer) -> Callable[..., PairTrainer]:
         return trainer(
             model=tiny_model() if model is None else model,
             args=args,
-            train_dataset=rows if isinstance(rows, Dataset) else Dataset.from_list(rows),
+            train_dataset=Dataset.from_list(rows) if isinstance(rows, list) else rows,
             eval_dataset=Dataset.from_list(held_out) if isinstance(held_out, list) else held_out,
             **{"processing_class": tokenizer, **arguments},
         )

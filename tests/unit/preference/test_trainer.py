@@ -267,7 +267,7 @@ def test_model_init_kwargs_have_the_last_word(build, tmp_path):
 
 def test_columns_it_cannot_use_are_refused_by_name(build):
     with pytest.raises(
-        UserError, match=r"columns \['chosen', 'question'\]: SimPOTrainer needs text in prompt, chosen, rejected"
+        UserError, match=r"train_dataset has the columns \['chosen', 'question'\]; needed are prompt, chosen and rejected"
     ):
         build(rows=Dataset.from_list([{"question": "Why?", "chosen": "So."}]))
 

@@ -49,6 +49,21 @@ def test_training_and_held_out_figures_stand_at_their_own_steps():
     assert list(held_out.get_xdata()) == [0, 10]
 
 
+def test_the_training_probe_stands_beside_the_held_out_curve():
+    probe = {
+        "probe_rewards/margins": 0.5,
+        "probe_rewards/accuracies": 0.7,
+        "probe_logps/chosen": -0.3,
+        "probe_logps/rejected": -0.6,
+    }
+    metrics = [{**record, **probe} if "eval_loss" in record else record for record in SIMPO_RUN]
+    loss, margin, _, logps = curves_figure(metrics, "run").axes
+    assert legend(loss) == ["training", "held-out"]  # the probe's loss is not logged
+    assert legend(margin) == ["training", "training probe", "held-out"]
+    assert list(margin.lines[2].get_xdata()) == [0, 10]
+    assert legend(logps)[1] == "chosen, training probe"
+
+
 def test_chosen_and_rejected_share_a_panel_in_two_colours():
     axes = curves_figure(SIMPO_RUN, "run").axes[3]
     assert legend(axes) == ["chosen, training", "chosen, held-out", "rejected, training", "rejected, held-out"]

@@ -108,7 +108,7 @@ def test_a_damaged_file_is_named(name, text, message, run):
 
 
 def test_a_folder_without_a_run_and_a_path_that_is_not_there_are_refused(tmp_path):
-    with pytest.raises(UserError, match="no run was logged here: neither metrics.jsonl"):
+    with pytest.raises(UserError, match="no run was logged here: neither"):
         read_run(tmp_path)
     with pytest.raises(UserError, match="there is no such folder or log"):
         read_run(tmp_path / "typo")
@@ -118,6 +118,12 @@ def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path):
     assert names_of([tmp_path / "a/run", tmp_path / "b/run"]) == ["a/run", "b/run"]
     with pytest.raises(UserError, match="given twice"):
         names_of([tmp_path / "a", tmp_path / "a/../a"])
+
+
+def test_a_held_out_log_is_shown_for_a_run_that_has_no_other(run, tmp_path):
+    (run / "metrics.jsonl").unlink()
+    (tmp_path / "log.jsonl").write_text(json.dumps({"accuracy": 0.5}))
+    assert read_run(run, eval_log=tmp_path / "log.jsonl").log_signals().held_out_accuracy.last == 0.5
 
 
 def test_a_held_out_log_belongs_to_one_run(run, tmp_path):
