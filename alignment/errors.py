@@ -1,11 +1,29 @@
 """What a user can get wrong. A message here is complete: the place, the value, the way out; it is shown without a traceback."""
 
+import codecs
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 
 class UserError(Exception):
     """A mistake in what the user gave: recipe, data, model path, environment. Entry points print it and exit with 2."""
+
+
+SHOWN = 200  # characters of a value that a message quotes
+
+
+def shown(value: Any) -> str:
+    """A value as a message quotes it: with an end."""
+    text = repr(value)
+    return text if len(text) <= SHOWN else f"{text[: SHOWN // 2]} ... {text[-SHOWN // 4 :]}"
+
+
+def not_utf8(error: UnicodeDecodeError) -> str:
+    """What to do about text in another encoding. Windows' has its quotation marks at 0x80 to 0x9f."""
+    byte = error.object[error.start]
+    is_utf16 = error.object.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    encoding = "utf-16" if is_utf16 else "cp1252" if byte < 0xA0 else "latin1"
+    return f"is not UTF-8 (byte 0x{byte:02x}); save it as UTF-8, e.g. iconv -f {encoding} -t utf-8"
 
 
 class Problem(NamedTuple):
@@ -16,7 +34,7 @@ class Problem(NamedTuple):
     advice: str
 
     def __str__(self) -> str:
-        return f"{self.key} = {self.value!r}: {self.advice}"
+        return f"{self.key} = {shown(self.value)}: {self.advice}"
 
 
 class ConfigError(UserError, ValueError):

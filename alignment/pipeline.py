@@ -32,6 +32,7 @@ from .model.adapter_checks import check_adapters
 from .model.adapters import base_identity, settle_adapter, start_identity, starting_point
 from .model.loading import check_attention, check_model_path, model_init_kwargs
 from .recipe.configs import DataArguments, ModelArguments, Run, RunArguments
+from .recipe.idle import idle_keys
 from .recipe.parser import Check, H4ArgumentParser, full_recipe
 from .recipe.rehearsal import loading_problems, metric_problem, rehearse
 from .run.checkpoints import Checkpoint, Identity
@@ -97,9 +98,17 @@ def run(method: Method, argv: Sequence[str] | None = None) -> DurableTrainer | N
     TrainingStopped if training broke down.
     """
     parser = H4ArgumentParser((ModelArguments, DataArguments, method.config))
-    model_args, data_args, training_args = parser.parse(argv, recipe_checks(method))
+    arguments = parser.parse(argv, recipe_checks(method))
+    with parser.placing():
+        return begin(method, parser, *arguments)
+
+
+def begin(
+    method: Method, parser: H4ArgumentParser, model_args: ModelArguments, data_args: DataArguments, training_args: RunArguments
+) -> DurableTrainer | None:
+    """What a recipe asks for, once it is read."""
     set_up_logging(training_args)
-    for notice in (*parser.notices, *settle(training_args, parser.recipe)):
+    for notice in (*parser.notices, *idle_keys(parser), *settle(training_args, parser.recipe)):
         logger.info(notice)
     logger.info("Objective: %s.", training_args.objective)
     recipe = training_args.followed_defaults | parser.recipe

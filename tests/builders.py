@@ -14,6 +14,7 @@ from transformers import (
     GraniteConfig,
     HyperCLOVAXConfig,
     LlamaConfig,
+    LlamaForSequenceClassification,
     MistralConfig,
     MixtralConfig,
     PhiConfig,
@@ -76,6 +77,13 @@ def tiny_model(
     config = config_type(**{**SIZES, **own, "tie_word_embeddings": tie, **settings})
     torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def tiny_reward_model(*, seed: int = 5, **settings: Any) -> LlamaForSequenceClassification:
+    """A Llama with one label, as reward models have it."""
+    config = LlamaConfig(**{**SIZES, "num_labels": 1, **settings})
+    torch.manual_seed(seed)
+    return LlamaForSequenceClassification(config)
 
 
 def sentence(rng: random.Random, words: int) -> str:

@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import resource
+import runpy
 import signal
 import socket
 import subprocess
@@ -264,14 +265,35 @@ def die_in(rank: int, place: str, number: int, ranks: list[int]) -> None:
     signal_in(rank, place, number, ranks, [0.0], ["SIGKILL"])
 
 
+def tear_row(rank: int, number: int) -> None:
+    """In the middle of the number-th row that a stage of the on-policy data appends, the process is killed."""
+    from on_policy_data_gen import stages
+
+    original, calls = stages.append, 0
+
+    def torn(descriptor: int, row: dict) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == number:
+            os.write(descriptor, json.dumps(row).encode()[:40])
+            os.kill(os.getpid(), signal.SIGKILL)
+        original(descriptor, row)
+
+    stages.append = torn
+
+
 def places() -> dict[str, tuple[Any, str]]:
     """Functions that a run passes through: owner and name."""
     import alignment.pipeline
     import alignment.run.durable
     from alignment.preference import reference
     from alignment.preference.trainer import PairTrainer
+    from on_policy_data_gen import joining, pair_data, responses
 
     return {
+        "joining": (joining, "write_rows"),
+        "a pass's end": (responses, "finish"),
+        "making the data set": (pair_data, "save_splits"),
         "preparation": (alignment.pipeline, "tokenized_splits"),
         "scoring": (PairTrainer, "concatenated_forward"),  # before the first step, then also in training
         "keeping scores": (reference, "save_step_zero"),
@@ -287,6 +309,11 @@ def places() -> dict[str, tuple[Any, str]]:
 
 
 def main_of(method: str, argv: list[str]) -> None:
+    """A training method by its name, or an entry point by its path."""
+    if method.endswith(".py"):
+        sys.argv = [method, *argv]
+        runpy.run_path(str(ROOT / method), run_name="__main__")
+        return
     from alignment.pipeline import main
     from tests.methods import METHODS
 

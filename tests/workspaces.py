@@ -1,6 +1,7 @@
 """What a whole run starts from, as files: a model with its tokenizer, pairs, a recipe."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,15 @@ def held_out_tokens(workspace: Path, tokenizer: PreTrainedTokenizerBase, recipe:
     texts = to_pair_texts(splits["test"], tokenizer, preprocessing="exact", add_system=False, num_proc=None)
     rules = LengthRules(recipe["max_length"], recipe["max_prompt_length"], "keep_end", "exact")
     return list(to_tokens(texts, tokenizer, rules, num_proc=None))
+
+
+def fake_vllm_python(folder: Path) -> tuple[Path, Path]:
+    """An interpreter in whose environment the fake vllm of tests/fakevllm lies, and the log of what that is asked."""
+    python, log = folder / "python", folder / "vllm.jsonl"
+    environment = f"PYTHONPATH={Path(__file__).parent / 'fakevllm'} FAKE_VLLM_LOG={log}"
+    python.write_text(f'#!/bin/sh\n{environment} exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    return python, log
 
 
 def read_jsonl(path: Path) -> list[dict]:

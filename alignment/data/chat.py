@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import UserError
 from .rows import REFUSED, SAID, TEMPLATE_COLUMNS, Finding, is_unicode, whole_turns
-from .template import TemplateRefusal, Turns, other_template, render
+from .template import TemplateRefusal, Turns, other_template, render, variables
 
 TEXT_COLUMNS = ("prompt", "chosen", "rejected")
 SIDES = ("chosen", "rejected")
@@ -89,7 +89,9 @@ def without_bos(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def glue_faults(prompt: Turns, row: dict[str, Turns], texts: dict[str, str], draw: Callable[[Turns], str]) -> Iterator[Finding]:
-    """Where prompt + response is not what the template writes for the whole conversation, and a response not its reply."""
+    """Where prompt + response is not what the template writes for the whole conversation, and what is in neither."""
+    if missing := left_out([turn for turn in prompt if turn["role"] != "assistant"], texts["prompt"]):
+        yield missing
     for side in SIDES:
         glued = texts["prompt"] + texts[side]
         try:
@@ -118,7 +120,7 @@ def exact_pair_text(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, *, 
 
     Raises TemplateRefusal or Fault for a row in which that is not the reply, whole and with its end.
     """
-    beside = {column: row.get(column) for column in TEMPLATE_COLUMNS}
+    beside = beside_turns(row, tokenizer)
     draw = partial(render, tokenizer=tokenizer, date=date, **beside)
     turns = [without_mark(turn, tokenizer.eos_token) for turn in row["prompt"]]
     prompt = draw(turns, generation_prompt=True)
@@ -132,7 +134,9 @@ def exact_pair_text(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, *, 
         if missing := left_out(replies, response):
             raise Fault(*missing)
         texts[side], ends[side] = up_to_its_end(response, frame, tokenizer)
-    if missing := left_out([turn for turn in turns if turn["role"] != "assistant"], prompt) or unnamed_tool(row, prompt):
+    if missing := left_out([turn for turn in turns if turn["role"] != "assistant"], prompt) or unnamed_tool(
+        beside["tools"], prompt
+    ):
         raise Fault(*missing)
     if not all(ends.values()) and tokenizer.eos_token is None:
         raise Fault(ENDLESS, f"nothing ends the response {texts['chosen'][-60:]!r}, and the tokenizer has no eos")
@@ -144,6 +148,19 @@ def exact_pair_text(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, *, 
     if not all(ends.values()):
         findings.append(Finding(ENDED, f"the response ends with {texts['chosen'][-30:]!r}, where generation would not stop"))
     return {"prompt": prompt, **texts, "system_added": False, "add_eos": not all(ends.values()), "findings": findings}
+
+
+def beside_turns(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[dict] | None]:
+    """The row's tools and documents. A column of that name with something else in it matters where the template reads it."""
+    beside = {}
+    for column in TEMPLATE_COLUMNS:
+        value = row.get(column) or None
+        is_list = isinstance(value, list) and all(isinstance(entry, dict) for entry in value)
+        if not is_list and value is not None and column in variables(tokenizer.get_chat_template()):
+            advice = "the template reads a list of {...} there; mend the column, or remove it"
+            raise Fault(REFUSED, f"{column} is {value!r:.200}; {advice}")
+        beside[column] = value if is_list else None
+    return beside
 
 
 def without_mark(turn: dict[str, Any], mark: str | None) -> dict[str, Any]:
@@ -215,6 +232,20 @@ def with_opening(
     return prompt + opening, cut, [Finding(SHARED_OPENING, f"{opening!r} has to be added when generating")]
 
 
+def generation_text(turns: Turns, tokenizer: PreTrainedTokenizerBase, *, date: str | None = None) -> str:
+    """The text behind which a model generates its reply: the prompt of `exact_pair_text`.
+
+    Raises TemplateRefusal or Fault for a template that cannot write this prompt, or writes bos twice.
+    """
+    draw = partial(render, tokenizer=tokenizer, date=date)
+    turns = [without_mark(turn, tokenizer.eos_token) for turn in turns]
+    prompt = draw(turns, generation_prompt=True)
+    frame = frame_of(turns, prompt, draw, tokenizer)
+    for fault in bos_faults({"prompt": prompt}, turns, tokenizer):
+        raise Fault(*fault)
+    return with_opening(prompt, {}, frame, lambda: draw(turns))[0]
+
+
 # ---- Proofs ----
 
 
@@ -222,7 +253,7 @@ def left_out(turns: Turns, text: str) -> Finding | None:
     """Something that a turn says and that is not in the text; white space and JSON's escapes make no difference."""
     for turn in turns:
         if not is_written(turn["content"], text):
-            return Finding(LOST, f"{text!r:.200} lacks {turn['content']!r:.200}, which a {turn['role']} turn says")
+            return Finding(LOST, f"{text!r:.200} lacks {turn['content']!r:.200}, which a turn by the {turn['role']} says")
         for key in SAID:
             for word in leaves(turn.get(key)):
                 if not is_written(word, text):
@@ -271,10 +302,10 @@ def written_in_parts(word: str, text: str) -> bool:
     return bool(parts) and all("".join(part.split()) in text for part in parts)
 
 
-def unnamed_tool(row: dict[str, Any], prompt: str) -> Finding | None:
-    tools = row.get("tools") or []
-    names = [(tool.get("function") or tool).get("name") for tool in tools if isinstance(tool, dict)]
-    return next((unwritten("tools", name, prompt) for name in names if name and name not in prompt), None)
+def unnamed_tool(tools: list[dict] | None, prompt: str) -> Finding | None:
+    functions = [function if isinstance(function := tool.get("function"), dict) else tool for tool in tools or []]
+    names = [name for function in functions if isinstance(name := function.get("name"), str)]
+    return next((unwritten("tools", name, prompt) for name in names if name not in prompt), None)
 
 
 def bos_faults(texts: dict[str, str], given: Turns, tokenizer: PreTrainedTokenizerBase) -> Iterator[Finding]:
@@ -415,7 +446,7 @@ def published_message_text(
 
 def exact_message_text(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, *, date: str | None = None) -> dict[str, Any]:
     """The template's text of a whole conversation, up to the end of its last turn."""
-    beside = {column: row.get(column) for column in TEMPLATE_COLUMNS}
+    beside = beside_turns(row, tokenizer)
     draw = partial(render, tokenizer=tokenizer, date=date, **beside)
     *turns, reply = [without_mark(turn, tokenizer.eos_token) for turn in row["messages"]]
     frame = frame_of(turns, draw(turns, generation_prompt=True), draw, tokenizer) if turns else Frame("", "", "", True)

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from datasets import Dataset
 from datasets.table import InMemoryTable, MemoryMappedTable
 
-from ..errors import UserError
+from ..errors import UserError, not_utf8
 
 LINES, PARQUET = "JSON", "Parquet"
 FORMATS = {".jsonl": LINES, ".ndjson": LINES, ".json": LINES, ".parquet": PARQUET}
@@ -107,13 +107,10 @@ def file_records(files: Sequence[Path], columns: Sequence[str]) -> Iterator[Reco
             raise
         except UnicodeDecodeError as error:
             raise UserError(f"{file}: {not_utf8(error)}") from error
-        except (OSError, ValueError, RuntimeError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException) as error:
+        except (
+            OSError, ValueError, RuntimeError, LookupError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException,
+        ) as error:  # fmt: skip
             raise UserError(f"{file}: cannot be read: {' '.join(str(error).split())}") from error
-
-
-def not_utf8(error: UnicodeDecodeError) -> str:
-    byte = error.object[error.start]
-    return f"is not UTF-8 (byte 0x{byte:02x}); save it as UTF-8, e.g. iconv -f latin1 -t utf-8"
 
 
 def open_plain(file: Path) -> IO[bytes]:

@@ -84,7 +84,7 @@ def cache_folder() -> Path:
 def damage(error: Exception) -> str | None:
     """The message for an error that came from torn files of the datasets cache; None for another."""
     cause = error.__cause__ if isinstance(error, UserError) else error
-    if not isinstance(cause, OSError | pa.ArrowException):
+    if isinstance(error, UserError) and not isinstance(cause, OSError | pa.ArrowException):
         return None
     torn = [path for path in sorted(Path(datasets.config.HF_DATASETS_CACHE).rglob("*.arrow")) if is_torn(path)]
     return damaged(torn, " ".join(str(cause).split())) if torn else None

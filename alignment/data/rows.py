@@ -9,7 +9,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .files import not_utf8
+from ..errors import not_utf8
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 # Columns beside the conversations that a chat template may read.
@@ -55,7 +55,7 @@ def read_record(record: bytes, read: Callable[[dict[str, Any]], dict[str, list]]
     except UnicodeDecodeError as error:
         problem = not_utf8(error)
     except json.JSONDecodeError as error:
-        problem = f"is no JSON ({error.msg} at column {error.colno}); every line holds one row, {{...}}"
+        problem = f"is no JSON ({error.msg.removesuffix(' at')} at column {error.colno}); every line holds one row, {{...}}"
     except ValueError as error:  # a number of thousands of digits
         problem = f"cannot be read: {error}"
     except RecursionError:

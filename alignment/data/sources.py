@@ -193,9 +193,9 @@ def rows_of(source: str, split: str, shards: Sequence[Path]) -> Rows:
 
 
 def load_files(place: str, files: Sequence[Path], columns: Sequence[str]) -> Dataset:
-    endings = {file.name.removeprefix(Path(plain_name(file)).stem).lower() for file in files}
-    if len(endings) > 1:
-        names = ", ".join(file.name for file in files)
+    stems = {(file.parent, Path(plain_name(file)).stem) for file in files}
+    if len(stems) < len(files) or len({data_format(file) for file in files}) > 1:
+        names = few([file.name for file in files])
         raise UserError(f"{place}: needs files of one format, not the same rows in several; found {names}")
     return kept_rows(f"{digest(files)} {sorted(columns)}", lambda: file_records(files, columns))
 

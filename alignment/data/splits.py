@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from ..errors import UserError
 from ..launch.turns import one_process_at_a_time
 from ..model.loading import load_tokenizer
-from ..recipe.configs import Run
+from ..recipe.configs import DataArguments, ModelArguments, Run
 from . import chat, prepare, template
 from .mixing import count_reasons, flaws_of, get_datasets, listing
 from .sources import TRAIN
@@ -40,14 +40,19 @@ class DataKind:
 
 def ready_tokenizer(run_: Run) -> PreTrainedTokenizerBase:
     """The tokenizer with the chat template that is trained on, and that is saved with the model."""
-    tokenizer = load_tokenizer(run_.model_args, run_.data_args)
+    return templated_tokenizer(run_.model_args, run_.data_args, preprocessing=run_.training_args.preprocessing)
+
+
+def templated_tokenizer(model_args: ModelArguments, data_args: DataArguments, *, preprocessing: str) -> PreTrainedTokenizerBase:
+    """The model's tokenizer with the chat template that these arguments choose, and its settings."""
+    tokenizer = load_tokenizer(model_args, data_args)
     found, source = template.find_chat_template(
         tokenizer,
-        run_.model_args.model_name_or_path,
-        recipe_template=run_.data_args.chat_template,
-        preprocessing=run_.training_args.preprocessing,
+        model_args.model_name_or_path,
+        recipe_template=data_args.chat_template,
+        preprocessing=preprocessing,
     )
-    tokenizer.chat_template = template.with_settings(found, run_.data_args.chat_template_kwargs, tokenizer)
+    tokenizer.chat_template = template.with_settings(found, data_args.chat_template_kwargs, tokenizer)
     logger.info("Chat template: %s.", source)
     return tokenizer
 
@@ -83,7 +88,7 @@ def tokenized_splits(kind: DataKind, tokenizer: PreTrainedTokenizerBase, run_: R
                 logger.info("%s: %s; %s", name, reports[name], notes[0])
                 for note in [*notes[1:], *reports[name].places]:
                     logger.info("%s: %s", name, note)
-    except (OSError, pa.ArrowException, UserError) as error:
+    except Exception as error:  # what reads a torn file fails in its own way
         if message := prepare.damage(error):
             raise UserError(message) from error
         raise
@@ -144,7 +149,10 @@ def usable_rows(name: str, texts: Dataset, tokenizer: PreTrainedTokenizerBase, r
     faults = [flaw for flaw in flaws if flaw.reason not in chat.REMARKS]
     bad = {flaw.index for flaw in faults}
     exact = args.preprocessing == "exact"
-    if len(bad) == len(texts) and (exact or all(flaw.reason in chat.MISUSED for flaw in faults)):
+    reasons = {flaw.reason for flaw in faults}
+    if len(bad) == len(texts) and reasons == {chat.EMPTY}:
+        raise UserError(f"{listing(faults)}; {name} has no other row")
+    if len(bad) == len(texts) and (exact or reasons <= chat.MISUSED):
         first = faults[0].message
         advice = template.other_template() if exact else chat.way_out(tokenizer, run_.date)
         told = "" if "Set chat_template" in first else f". {advice}"

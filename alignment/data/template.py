@@ -11,8 +11,8 @@ from typing import Any
 from jinja2 import Environment, TemplateSyntaxError, meta
 from transformers import PreTrainedTokenizerBase
 
-from ..errors import UserError
-from .files import local_path, not_utf8
+from ..errors import UserError, not_utf8
+from .files import local_path
 
 TEMPLATE_FOLDER = Path(__file__).parent / "templates"
 Turns = list[dict[str, Any]]
@@ -97,6 +97,7 @@ def with_settings(template: str | dict[str, str], settings: dict[str, Any] | Non
     return opened if isinstance(template, dict) else opened[""]
 
 
+@functools.lru_cache(maxsize=8)
 def variables(template: str) -> set[str]:
     """The names that a template looks up; none of one that is no Jinja, which fails when it is rendered."""
     plain = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", template)  # a tag of transformers'

@@ -177,6 +177,25 @@ def load_base(adapter: Adapter, tokenizer: PreTrainedTokenizerBase, **init_kwarg
     return model
 
 
+def load_to_use(model_args: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel | PeftModel:
+    """The model at model_name_or_path, or the adapter there on its base, to be read and not trained."""
+    options = {
+        "dtype": model_args.torch_dtype or "auto",
+        "attn_implementation": model_args.attn_implementation,
+        "trust_remote_code": model_args.trust_remote_code,
+        "code_revision": model_args.model_code_revision,
+    }
+    options = {key: value for key, value in options.items() if value is not None}
+    check_model_path(model_args)
+    adapter = find_adapter(model_args)
+    if adapter is None:
+        model = load_policy(model_args.model_name_or_path, revision=model_args.model_revision, **options)
+    else:
+        base = load_base(adapter, tokenizer, **options)
+        model = PeftModel.from_pretrained(base, adapter.source.name, revision=adapter.source.revision)
+    return model.eval()
+
+
 def merged_base_folder(args: TrainingArguments) -> Path:
     return Path(args.output_dir).resolve() / MERGED_BASE
 

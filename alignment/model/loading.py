@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from peft import PeftConfig
 from torch import nn
 from transformers import (
@@ -111,7 +112,8 @@ def load_tokenizer(model_args: ModelArguments, data_args: DataArguments) -> PreT
     try:
         tokenizer = load_as_written(path, revision, trust_remote_code=model_args.trust_remote_code)
     except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(unloadable("tokenizer", path, error)) from error
+        key = "model_name_or_path" if model_args.tokenizer_name_or_path is None else "tokenizer_name_or_path"
+        raise UserError(unloadable("tokenizer", path, error, key)) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if data_args.truncation_side is not None:
@@ -119,11 +121,21 @@ def load_tokenizer(model_args: ModelArguments, data_args: DataArguments) -> PreT
     return tokenizer
 
 
-def unloadable(what: str, path: str, error: Exception) -> str:
+def unloadable(what: str, path: str, error: Exception, key: str = "model_name_or_path") -> str:
+    nowhere = "there is no folder of this name, and no name on the Hub is like it" if is_nowhere(path) else None
     return (
-        f"model_name_or_path = {path!r}: its {what} cannot be loaded ({first_line(error)}). Give a folder written by "
+        f"{key} = {path!r}: its {what} cannot be loaded ({nowhere or first_line(error)}). Give a folder written by "
         "save_pretrained, or a Hub name; a gated model needs `hf auth login`, one with its own code trust_remote_code."
     )
+
+
+def is_nowhere(path: str) -> bool:
+    """Neither a folder nor what could be a name on the Hub, which is all that the Hub's client would say of it."""
+    try:
+        validate_repo_id(path)
+    except HFValidationError:
+        return not Path(path).is_dir()
+    return False
 
 
 def first_line(error: Exception) -> str:
@@ -140,8 +152,8 @@ def check_attention(attn_implementation: str | None, *, use_cpu: bool) -> None:
     package = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}[attn_implementation]
     if importlib.util.find_spec(package) is None:
         raise UserError(
-            f"{where}: the package {package} is not installed; run `pip install flash-attn --no-build-isolation`, or set "
-            "attn_implementation: sdpa"
+            f"{where}: the package {package} is not installed; give --attn_implementation=sdpa, which is as fast here (packed "
+            "rows run torch's own flash attention), or run `pip install flash-attn --no-build-isolation`"
         )
 
 

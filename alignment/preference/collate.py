@@ -92,11 +92,21 @@ class PackedCollator:
 
 @dataclass(frozen=True)
 class RowCollator:
-    """B pairs -> {"rows": Rows}: as they are, to be divided when those of the whole optimizer step are known."""
+    """B pairs -> {"rows": Rows}: as they are, to be divided by tokens, each with the scales that it has undivided.
+
+    pairs: of an undivided micro-batch; None: all of them.
+    """
+
+    pairs: int | None = None
 
     def __call__(self, rows: list[Row]) -> Batch:
-        scales = {"sft_scale": sft_scale(rows), "whole_scale": whole_scale(rows)}
-        return {"rows": Rows([{**row, **scales} for row in rows])}
+        size = self.pairs or len(rows)
+        parts = [rows[start : start + size] for start in range(0, len(rows), size)]
+        return {"rows": Rows([{**row, **scales(part)} for part in parts for row in part])}
+
+
+def scales(rows: list[Row]) -> dict[str, float]:
+    return {"sft_scale": sft_scale(rows), "whole_scale": whole_scale(rows)}
 
 
 @dataclass(frozen=True)

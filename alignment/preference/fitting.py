@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import DistributedType
+from datasets import Dataset
 from peft import PeftModel
 from torch import nn
 from transformers import TrainerCallback
@@ -104,10 +105,12 @@ class FittedSteps(GuardedSteps):
         saved = read_division(Path(self.args.output_dir, "_run")) or read_division(self.resumed)
         return Wish(saved.max_tokens, None) if saved is not None and self.wish.max_tokens is None else self.wish
 
-    def tokens_of_pairs(self) -> np.ndarray:
+    def tokens_of_pairs(self, rows: Dataset | None = None) -> np.ndarray:
+        """(rows,): what each pair has in a batch by itself; of the training pairs, or of others."""
+        rows = self.train_dataset if rows is None else rows
         if isinstance(self.data_collator, PaddedCollator):
-            return 2 * np.asarray(self.train_dataset["length"])
-        return pair_tokens(self.train_dataset)
+            return 2 * np.asarray(rows["length"])
+        return pair_tokens(rows)
 
     def largest_of_all(self, value: float) -> float:
         """Over all processes."""

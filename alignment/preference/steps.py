@@ -1,6 +1,7 @@
 """How an optimizer step is divided into micro-batches, by a fixed count of pairs or by tokens: the same step either way."""
 
 import logging
+from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -19,6 +20,8 @@ from .metrics import RunningMeans
 from .throughput import Throughput
 
 logger = logging.getLogger(__name__)
+
+BUDGETS = 4  # of tokens, that held-out pairs are read by: few are lost where a batch is divided
 
 
 class StepSize(NamedTuple):
@@ -46,15 +49,39 @@ class DividedSteps(FittedSteps):
             # Gradients that wait for the step's last micro-batch are whole ones, on every GPU: 26 GB of them for 8B.
             self.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
 
-    def get_train_dataloader(self) -> DataLoader:
-        """Batches of a fixed number of pairs; divided by tokens their rows, which `get_batch_samples` divides."""
-        collator = self.data_collator
-        if self.by_tokens:
-            self.data_collator = RowCollator()
+    def _get_dataloader(self, dataset: Dataset, description: str, batch_size: int, *args: Any, **kwargs: Any) -> DataLoader:
+        """Batches of a fixed number of pairs; divided by tokens their rows, which `get_batch_samples` divides.
+
+        Held-out rows come by several budgets at once, so that `in_parts` has something to divide.
+        """
+        collator, is_training = self.data_collator, description == "Training"
+        if self.by_tokens and (is_training or self.max_tokens is not None):
+            many = 1 if is_training else self.batches_at_once(dataset, batch_size)
+            self.data_collator, batch_size = RowCollator(batch_size), batch_size * many
         try:
-            return super().get_train_dataloader()
+            return super()._get_dataloader(dataset, description, batch_size, *args, **kwargs)
         finally:
             self.data_collator = collator
+
+    def batches_at_once(self, rows: Dataset, size: int) -> int:
+        """How many batches of `size` held-out pairs have about BUDGETS budgets of tokens, and not more than a process has."""
+        tokens = float(self.tokens_of_pairs(rows).mean()) * size
+        return max(1, min(round(BUDGETS * self.max_tokens / tokens), len(rows) // (size * self.args.world_size)))
+
+    def in_parts(self, batch: Batch) -> Iterator[tuple[Batch, list[int]]]:
+        """A held-out batch as it is evaluated: its pairs within the token budget, and where each stood in the batch.
+
+        Collectives come in equal numbers: a process with fewer parts repeats its last one, whose places are then none.
+        """
+        if "rows" not in batch:
+            yield batch, list(range(len(batch["index"])))
+            return
+        rows = [{**row, "place": place} for place, row in enumerate(batch["rows"].rows)]
+        parts, rounds = self.divided_evenly(rows)
+        for number in range(rounds):
+            part = parts[min(number, len(parts) - 1)]
+            collated = on_device(self.data_collator(part), self.args.device)
+            yield collated, [row["place"] for row in part] if number < len(parts) else []
 
     def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device) -> tuple[list, StepSize | None]:
         """The micro-batches of one optimizer step, and how many pairs they are on all processes.

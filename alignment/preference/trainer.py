@@ -249,12 +249,19 @@ class PairTrainer(DividedSteps, ScoredFirst):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[None, tuple[Tensor, ...], None]:
-        inputs = self._prepare_inputs(inputs)
+        scored: dict[str, list[Tensor]] = {}
+        order: list[int] = []
         with torch.no_grad(), self.compute_loss_context_manager():
-            columns = self.concatenated_forward(model, inputs).per_pair()
-        columns |= {name: inputs[name] for name in ("index", "sft_scale", "whole_scale")}
-        self.scored_columns = tuple(columns)
-        return None, tuple(columns.values()), None
+            for part, places in self.in_parts(self._prepare_inputs(inputs)):
+                columns = self.concatenated_forward(model, part).per_pair()
+                columns |= {name: part[name] for name in ("index", "sft_scale", "whole_scale")}
+                for name, column in columns.items() if places else ():
+                    scored.setdefault(name, []).append(column)
+                order += places
+        place = torch.tensor(order, device=self.args.device).argsort()
+        whole = {name: torch.cat(columns)[place] for name, columns in scored.items()}
+        self.scored_columns = tuple(whole)
+        return None, tuple(whole.values()), None
 
     def evaluation_loop(
         self,

@@ -1,5 +1,6 @@
 """What a recipe can say about the model, the data and the run, whatever the training method."""
 
+import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,10 +9,9 @@ from typing import Any, Literal, NamedTuple
 from ..errors import ConfigError, Problem, UserError
 from ..launch.launch import STRATEGIES, start_process_group
 from ..report.objective import Objective
-from .ranges import trainer_problems
+from .ranges import DTYPES, trainer_problems
 
 PREPROCESSING_MODES = ("published", "exact")
-DTYPES = ("auto", "float32", "float16", "bfloat16")
 SAVE_DTYPES = DTYPES[1:]
 QUANT_STORAGE = ("uint8", "float16", "bfloat16", "float32")
 
@@ -180,6 +180,12 @@ class DataArguments:
         if self.truncation_side is not None:
             problems += choice_problem(self, "truncation_side", ("left", "right"))
         for key in self.chat_template_kwargs or {}:
+            if not finite_within(self.chat_template_kwargs[key]):
+                problems.append(
+                    Problem(
+                        f"chat_template_kwargs.{key}", self.chat_template_kwargs[key], "no template can be given inf or nan"
+                    )
+                )
             if not key.isidentifier():
                 problems.append(Problem(f"chat_template_kwargs.{key}", self.chat_template_kwargs[key], "is no variable's name"))
         for source, share in (self.dataset_mixer or {}).items():
@@ -191,6 +197,13 @@ class DataArguments:
             problems.append(Problem("dataset_configs", self.dataset_configs, "needs one entry for each dataset_mixer source"))
         if problems:
             raise ConfigError("DataArguments", problems)
+
+
+def finite_within(value: Any) -> bool:
+    """Whether every number in a value of YAML's is finite."""
+    if isinstance(value, dict | list):
+        return all(map(finite_within, value.values() if isinstance(value, dict) else value))
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def is_share(share: Any) -> bool:
@@ -304,7 +317,9 @@ class RunArguments:
         if self.prepare_only:  # a machine for it need not be able to train
             self.use_cpu = True
             self.bf16 = self.fp16 = self.bf16_full_eval = self.fp16_full_eval = False
-            self.tf32 = self.deepspeed = None
+            self.tf32 = self.deepspeed = self.fsdp = None
+        if os.environ.get("WORLD_SIZE", "1") == "1":
+            self.ddp_backend = None  # of processes that talk to each other
         if self.total_train_batch_size is not None:
             self.gradient_accumulation_steps = self.total_train_batch_size // self.rows_per_forward
         start_process_group(self.ddp_timeout, os.environ, use_cpu=self.use_cpu)

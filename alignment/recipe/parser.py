@@ -4,7 +4,8 @@ import dataclasses
 import difflib
 import re
 import sys
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple, get_type_hints
 import yaml
 from transformers import HfArgumentParser
 
-from ..errors import ConfigError, Problem, UserError
+from ..errors import ConfigError, Problem, UserError, not_utf8, shown
 from .values import (
     Doubtful,
     Mismatch,
@@ -90,7 +91,7 @@ class Given(NamedTuple):
     def __str__(self) -> str:
         if self.is_option:
             return self.place
-        value = "..." if is_secret(self.key) else repr(self.value)
+        value = "..." if is_secret(self.key) else shown(self.value)
         return f"{self.place}: {self.key} = {value}"
 
 
@@ -111,6 +112,12 @@ class Setting(NamedTuple):
 
 class Loader(yaml.SafeLoader):
     """YAML in which 5e-7 is a number, 2024-01-01 is text and a key given twice is an error."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+        node = super().compose_node(parent, index)
+        if node.end_mark is None:  # an alias of something that has not ended yet
+            raise yaml.MarkedYAMLError(problem="an alias stands in what it names", problem_mark=node.start_mark)
+        return node
 
     def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -136,6 +143,10 @@ Loader.yaml_implicit_resolvers = {
     for start, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 Loader.add_constructor("!doubtful", lambda loader, node: Doubtful(node.value))
+Loader.add_constructor(  # !!int 010 too
+    "tag:yaml.org,2002:int",
+    lambda loader, node: Doubtful(node.value) if DOUBTFUL.match(node.value) else loader.construct_yaml_int(node),
+)
 SCIENTIFIC = re.compile(r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9_]*)?)[eE][-+]?[0-9]+$")
 Loader.add_implicit_resolver("tag:yaml.org,2002:float", SCIENTIFIC, list("-+.0123456789"))
 Dumper.add_implicit_resolver("tag:yaml.org,2002:float", SCIENTIFIC, list("-+.0123456789"))
@@ -152,16 +163,41 @@ def read_recipe(path: str) -> list[Given]:
         raise RecipeError([f"{path}: no such file{suggestion(closest(Path(path).name, siblings))}"]) from None
     except OSError as error:
         raise RecipeError([f"{path}: {error.strerror}"]) from error
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise RecipeError([f"{path}, line {line}: {not_utf8(error)}"]) from error
     except yaml.MarkedYAMLError as error:
-        raise RecipeError([f"{path}, line {error.problem_mark.line + 1}: {error.problem}"]) from error
+        raise RecipeError([f"{path}, {complaint_about_yaml(error)}"]) from error
     except (yaml.YAMLError, ValueError) as error:
         raise RecipeError([f"{path}: {one_line(error)}"]) from error
+    except RecursionError as error:
+        raise RecipeError([f"{path}: is nested too deeply"]) from error
     if content is None:
         raise RecipeError([f"{path}: is empty; expected lines of `key: value`"])
     if not isinstance(content, dict):
         raise RecipeError([f"{path}, line 1: holds a {type(content).__name__}; expected lines of `key: value`"])
     lines = {loader.construct_object(key, deep=True): key.start_mark.line + 1 for key, _ in document.value}
     return [Given(f"{path}, line {lines[key]}", str(key), value) for key, value in content.items()]
+
+
+# What is behind some of YAML's complaints, by a part of them.
+USUAL_CAUSES = {
+    "unhashable key": "; text that begins with { or [, such as Jinja, needs quotes, or a | and lines of its own",
+    "'\\t'": "; YAML takes spaces where a tab is",
+    "could not find expected ':'": "; a key and its value stand as `key: value`, with a space",
+    "cannot start any token": "; text that begins so needs quotes",
+    "mapping values are not allowed": "; text with a colon and a space needs quotes, and all keys begin in the first column",
+}
+
+
+def complaint_about_yaml(error: yaml.MarkedYAMLError) -> str:
+    """With the line where the thing began that YAML found no end of."""
+    began = error.context is not None and error.context.startswith(
+        ("while scanning a simple key", "while scanning a quoted scalar", "while parsing a flow")
+    )
+    mark = error.context_mark if began and error.context_mark else error.problem_mark
+    hint = next((hint for part, hint in USUAL_CAUSES.items() if part in error.problem), "")
+    return f"line {mark.line + 1}: {error.problem}{hint}"
 
 
 def only_document(text: str) -> yaml.Node | None:
@@ -230,6 +266,8 @@ class Target(NamedTuple):
 
     def read(self, value: Any) -> Any:
         metadata = self.field.metadata
+        if value is False and self.field.default == "none":
+            return "none"  # `report_to: no`
         # What transformers lets stand as a bare flag takes booleans, whatever its annotation says: `fsdp: true`.
         result = read_as(bool | self.kind if "const" in metadata else self.kind, value)
         if result is None and self.field.default == "none":
@@ -334,9 +372,29 @@ class H4ArgumentParser(HfArgumentParser):
 
     def refuse(self, problems: Iterable[Problem]) -> None:
         """Raises RecipeError for what turned out to be wrong after parse()."""
-        lines = [blame(problem, self.settings, self.place) for problem in problems]
-        if lines:
+        if lines := self.placed(problems):
             raise RecipeError(lines)
+
+    def placed(self, problems: Iterable[Problem]) -> list[str]:
+        """A line for each, after parse()."""
+        return [blame(problem, self.settings, self.place) for problem in problems]
+
+    @contextmanager
+    def placing(self) -> Iterator[None]:
+        """Inside, after parse(), a UserError that begins with a key or a source of dataset_mixer is told with its place."""
+        try:
+            yield
+        except RecipeError:
+            raise
+        except UserError as error:
+            begin = re.match(r"\w+(?= = |\.|:)", message := str(error))
+            key = begin[0] if begin else None
+            sources = self.settings["dataset_mixer"].value if "dataset_mixer" in self.settings else {}
+            if any(message.startswith(f"{source}: ") for source in sources or {}):
+                key = "dataset_mixer"
+            if key not in self.settings:
+                raise
+            raise UserError(f"{self.settings[key].given.place}: {message}") from error
 
     def accept(self, source: Iterable[Given]) -> dict[str, Setting]:
         """The usable settings of one place, by present key; complaints about the others."""

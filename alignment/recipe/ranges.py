@@ -9,7 +9,9 @@ from accelerate.utils import DynamoBackend
 from transformers.debug_utils import DebugOption
 
 from ..errors import Problem
+from .values import text
 
+DTYPES = ("auto", "float32", "float16", "bfloat16")
 Rule = tuple[Callable[[Any], bool], str]  # what is allowed, and what to say otherwise
 
 
@@ -85,7 +87,7 @@ PAIR_RULES: dict[str, Rule] = {
         (lambda value: not value, "is not supported; remove it"),
     ),
 }
-CHECKPOINTING = ("use_reentrant", "preserve_rng_state", "determinism_check", "debug", "context_fn", "early_stop")
+CHECKPOINTING = ("use_reentrant", "preserve_rng_state", "determinism_check", "debug", "early_stop")
 
 
 def rule_problems(config: Any, rules: dict[str, Rule]) -> list[Problem]:
@@ -100,7 +102,13 @@ def allowed(value: Any, rule: Callable[[Any], bool]) -> bool:
 
 def trainer_problems(config: Any) -> list[Problem]:
     """Everything about the Trainer's own fields, before transformers looks at them."""
-    return [*rule_problems(config, RULES), *evaluation_problems(config), *precision_problems(config), *loader_problems(config)]
+    return [
+        *rule_problems(config, RULES),
+        *evaluation_problems(config),
+        *precision_problems(config),
+        *device_problems(config),
+        *loader_problems(config),
+    ]
 
 
 def evaluation_problems(config: Any) -> Iterable[Problem]:
@@ -144,8 +152,6 @@ def precision_problems(config: Any) -> Iterable[Problem]:
     for one, other in (("fp16", "bf16"), ("fp16_full_eval", "bf16_full_eval")):
         if getattr(config, one) and getattr(config, other):
             yield Problem(one, True, f"cannot be combined with {other}; keep {other}")
-    if config.fp16 and not config.bf16 and (config.use_cpu or not torch.accelerator.is_available()):
-        yield Problem("fp16", True, "needs a GPU; on a CPU set bf16: true, or neither")
     kwargs = {key: getattr(config, key) or {} for key in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs")}
     for key, entries in kwargs.items():
         unknown = [name for name in entries if name not in CHECKPOINTING] if isinstance(entries, dict) else []
@@ -153,16 +159,23 @@ def precision_problems(config: Any) -> Iterable[Problem]:
             yield Problem(key, entries, f"{unknown[0]} is not one of {', '.join(CHECKPOINTING)}")
 
 
+def device_problems(config: Any) -> Iterable[Problem]:
+    """What a CPU cannot do. A machine that only prepares data need not."""
+    on_cpu = config.use_cpu or not torch.accelerator.is_available()
+    if config.prepare_only or not on_cpu:
+        return
+    if config.ddp_backend not in (None, "gloo"):
+        yield Problem("ddp_backend", config.ddp_backend, "processes on a CPU talk by gloo; remove it")
+    if config.fp16 and not config.bf16:
+        yield Problem("fp16", True, "needs a GPU; on a CPU set bf16: true, or neither")
+
+
 def loader_problems(config: Any) -> Iterable[Problem]:
     if not config.dataloader_num_workers:
         for key in ("dataloader_persistent_workers", "dataloader_prefetch_factor", "dataloader_multiprocessing_context"):
             if getattr(config, key):
                 yield Problem(key, getattr(config, key), "is about workers; set dataloader_num_workers to 1 or more")
-    if isinstance(config.accelerator_config, dict) and config.accelerator_config.get("split_batches"):
-        advice = "split_batches would make a step of other pairs than total_train_batch_size says; remove it"
-        yield Problem("accelerator_config", config.accelerator_config, advice)
-
-
-def text(value: Any) -> Any:
-    """A member of an enum as a recipe spells it."""
-    return getattr(value, "value", value)
+    for key in ("split_batches", "dispatch_batches", "gradient_accumulation_kwargs"):
+        if isinstance(config.accelerator_config, dict) and config.accelerator_config.get(key):
+            advice = f"{key} would make a step of other pairs than total_train_batch_size says; remove it"
+            yield Problem("accelerator_config", config.accelerator_config, advice)

@@ -9,13 +9,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig, Trainer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.optimization import get_scheduler
 from transformers.training_args import OptimizerNames
 from transformers.utils import is_liger_kernel_available
 
 from ..errors import Problem
-from .ranges import Rule, rule_problems, text
+from .ranges import CHECKPOINTING, DTYPES, Rule, rule_problems
+from .values import text
 
 # What a class of another library raises for a setting that it cannot use, or for a package that it lacks.
 REFUSALS = (
@@ -37,9 +40,12 @@ def rehearse(values: SimpleNamespace) -> list[Problem]:
     problems = rule_problems(values, RULES)
     if values.num_train_epochs <= 0 and values.max_steps <= 0:
         problems.append(Problem("num_train_epochs", values.num_train_epochs, "a run of no epoch would train nothing"))
-    if values.fsdp and os.environ.get("WORLD_SIZE", "1") == "1":
-        advice = "divides a model among processes, and one was launched; launch with accelerate_configs/fsdp2.yaml instead"
-        problems.append(Problem("fsdp", values.fsdp, advice))
+    for key, config in {"fsdp": "fsdp2.yaml", "deepspeed": "deepspeed_zero3.yaml"}.items():
+        is_launched = os.environ.get("WORLD_SIZE", "1") != "1" or (key == "deepspeed" and "LOCAL_RANK" in os.environ)
+        if getattr(values, key) and not (is_launched or values.prepare_only):
+            advice = f"divides a model among processes, and one was launched; launch with accelerate_configs/{config} instead"
+            problems.append(Problem(key, getattr(values, key), advice))
+    problems += attention_problems(values.attn_implementation)
     if values.fsdp_config and not values.fsdp:
         problems.append(Problem("fsdp_config", values.fsdp_config, "is read with fsdp alone; remove it"))
     if values.use_liger_kernel and not is_liger_kernel_available():
@@ -49,7 +55,16 @@ def rehearse(values: SimpleNamespace) -> list[Problem]:
         return [*problems, Problem("lr_scheduler_kwargs", values.lr_scheduler_kwargs, advice)]
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")  # whoever uses the setting in earnest is going to say it again
-        return [*problems, *optimizer_problems(values), *schedule_problems(values)]
+        return [*problems, *optimizer_problems(values), *schedule_problems(values), *recomputation_problems(values)]
+
+
+def attention_problems(name: str | None) -> Iterable[Problem]:
+    known = ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]
+    if name is not None and name not in known and "/" not in name:  # a kernel's repository
+        plain = [each for each in known if "|" not in each]
+        yield Problem(
+            "attn_implementation", name, f"is no attention that transformers has{meant_key(name, plain) or among(plain)}"
+        )
 
 
 # ---- The optimizer ----
@@ -66,7 +81,8 @@ def optimizer_problems(values: SimpleNamespace) -> Iterable[Problem]:
         if name.startswith(LOW_RANK) and not isinstance(error, ImportError):
             return
         key = "optim_args" if values.optim_args and is_possible(values, optim_args=None) else "optim"
-        yield Problem(key, text(getattr(values, key)), f"cannot be used: {one_line(error)}")
+        usage = "; expected name=value, several with commas" if "unpack" in str(error) else ""
+        yield Problem(key, text(getattr(values, key)), f"cannot be used: {one_line(error)}{usage}")
         return
     ignored = [entry for entry in (values.optim_args or "").replace(" ", "").split(",") if entry and is_ignored(entry, values)]
     if ignored:
@@ -114,6 +130,10 @@ def schedule_problems(values: SimpleNamespace) -> Iterable[Problem]:
     if name in ("constant", "constant_with_warmup") and values.lr_scheduler_kwargs:
         yield Problem(key, value, f"lr_scheduler_type {name} has none; remove them")
         return
+    numbers = {entry: number for entry, number in (values.lr_scheduler_kwargs or {}).items() if isinstance(number, int | float)}
+    if wrong := [entry for entry, number in numbers.items() if not (math.isfinite(number) and number >= 0)]:
+        yield Problem(key, value, f"{wrong[0]} must be finite and not negative")
+        return
     steps = values.max_steps if values.max_steps > 0 else STEPS
     warmup = values.warmup_steps if values.warmup_steps >= 1 else math.ceil(steps * values.warmup_steps)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=values.learning_rate)
@@ -127,10 +147,27 @@ def schedule_problems(values: SimpleNamespace) -> Iterable[Problem]:
         )
         places = (0, 1, int(warmup), steps // 2, steps - 1, steps)
         factors = [factor(place) for factor in getattr(schedule, "lr_lambdas", ()) for place in places]
-        if not all(math.isfinite(factor) and factor >= 0 for factor in factors):
-            raise ValueError("its learning rates are not all finite and at least 0")
+        if not all(math.isfinite(factor) and 0 <= factor <= 1 + 1e-6 for factor in factors):
+            raise ValueError(f"its learning rates are not all between 0 and learning_rate = {values.learning_rate:g}")
     except REFUSALS as error:
         yield Problem(key, value, f"lr_scheduler_type {name} cannot be used: {one_line(error)}")
+
+
+# ---- Recomputation ----
+
+
+def recomputation_problems(values: SimpleNamespace) -> Iterable[Problem]:
+    key, kwargs = "activation_checkpointing_kwargs", values.activation_checkpointing_kwargs
+    if not isinstance(kwargs, dict) or kwargs.keys() - set(CHECKPOINTING):
+        return  # complained about elsewhere
+    switches = [name for name, value in kwargs.items() if name != "determinism_check" and not isinstance(value, bool)]
+    if switches:
+        yield Problem(key, kwargs, f"{switches[0]} must be true or false")
+        return
+    try:
+        checkpoint(torch.sin, torch.zeros(1, requires_grad=True), **kwargs)
+    except REFUSALS as error:
+        yield Problem(key, kwargs, f"cannot be used: {one_line(error)}")
 
 
 # ---- Names ----
@@ -149,6 +186,9 @@ LOADING = (
 def loading_problems(kwargs: Any, config: PreTrainedConfig) -> list[Problem]:
     """Of model_init_kwargs: what neither from_pretrained nor this model's config knows."""
     known = [*LOADING, *config.to_dict()]
+    dtype = kwargs.get("dtype") if isinstance(kwargs, dict) else None
+    if dtype is not None and dtype not in DTYPES:
+        return [Problem("model_init_kwargs", kwargs, f"dtype must be one of {', '.join(DTYPES)}")]
     unknown = [key for key in (kwargs if isinstance(kwargs, dict) else {}) if key not in known and not hasattr(config, key)]
     return [
         Problem("model_init_kwargs", kwargs, f"{key} is no setting of this model{meant_key(key, known)}") for key in unknown
@@ -171,7 +211,11 @@ def metric_problem(metric: str | None, known: Iterable[str], prefixes: Iterable[
 
 def meant(word: str, names: list[str]) -> str:
     close = difflib.get_close_matches(word.removeprefix("eval_"), names, n=1, cutoff=0.6)
-    return f" (did you mean {close[0]!r}?)" if close else f"; choose one of {', '.join(names)}"
+    return f" (did you mean {close[0]!r}?)" if close else among(names)
+
+
+def among(names: list[str]) -> str:
+    return f"; choose one of {', '.join(names)}"
 
 
 def one_line(error: Exception) -> str:

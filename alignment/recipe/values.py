@@ -163,6 +163,11 @@ def read_text(value: Any) -> str:
     return str(value)
 
 
+def text(value: Any) -> Any:
+    """A member of an enum as a recipe spells it."""
+    return getattr(value, "value", value)
+
+
 def read_anything(value: Any) -> Any:
     """What no field describes, such as an entry of lr_scheduler_kwargs: as YAML reads it, doubtful numbers aside."""
     if isinstance(value, Doubtful):

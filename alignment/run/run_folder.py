@@ -46,8 +46,20 @@ def folder_problems(values: SimpleNamespace) -> list[Problem]:
     output_dir = Path(values.output_dir or "trainer_output")
     if values.prepare_only:
         return cache_problems(values)
-    advice = inputs_there(output_dir, values) or foreign_files(output_dir) or unwritable(output_dir)
+    advice = no_name(output_dir) or inputs_there(output_dir, values) or foreign_files(output_dir) or unwritable(output_dir)
     return [*([Problem("output_dir", str(output_dir), advice)] if advice else []), *cache_problems(values)]
+
+
+def no_name(folder: Path) -> str | None:
+    """What no file system takes for one: too long, a NUL in it, a link to itself."""
+    try:
+        folder.lstat()
+        folder.stat()
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return None
+    except (OSError, ValueError) as error:
+        return f"cannot be a folder ({getattr(error, 'strerror', None) or error}); choose another"
+    return None
 
 
 def inputs_there(output_dir: Path, values: SimpleNamespace) -> str | None:

@@ -92,6 +92,17 @@ def test_a_template_that_fails_in_every_row_is_refused_though_bad_rows_are_dropp
     prepare(workspace, tmp_path, caplog, thinking(6, 6), chat_template="llama-3")  # the advice
 
 
+@pytest.mark.parametrize("bad_rows", ["refuse", "drop"])
+def test_replies_that_are_nothing_but_an_end_are_not_put_down_to_the_template(bad_rows, workspace, tmp_path, caplog):
+    rows = builders.pairs(2)
+    for row in rows:
+        row["chosen"][-1]["content"] = builders.EOS
+    with pytest.raises(UserError) as raised:
+        prepare(workspace, tmp_path, caplog, rows, bad_rows=bad_rows)
+    assert "pairs/train.jsonl, line 1: chosen is empty" in str(raised.value)
+    assert "chat_template" not in str(raised.value)
+
+
 def test_rows_that_the_template_spoils_are_refused_with_their_lines_and_dropped_on_demand(workspace, tmp_path, caplog):
     with pytest.raises(UserError) as raised:
         prepare(workspace, tmp_path, caplog, thinking(6, 2), chat_template=DROPS_THINKING)

@@ -231,12 +231,23 @@ def test_a_torn_file_is_one_message_that_names_it_and_deleting_it_is_enough(left
     assert tokenized(recipe) == rows
 
 
-def test_a_torn_file_of_the_rows_as_they_were_read_is_named_too(workspace, tmp_path, cache, capsys):
+def test_whichever_file_is_torn_and_wherever_it_is_named(workspace, tmp_path, cache, capsys):
     recipe = recipe_file(workspace, tmp_path)
     run(SIMPO, [recipe, "--prepare_only"])
-    torn = next(path for path in sorted(cache.rglob("*.arrow")) if path.parent.name != "simpo")
-    torn.write_bytes(torn.read_bytes()[:-200])
-    assert f"rm {torn}\n" in refusal(recipe, capsys)
+    whole = {path: path.read_bytes() for path in sorted(cache.rglob("*.arrow"))}
+    assert {path.parent.name for path in whole} == {"simpo", "simpo-rows"}
+    for path, content in whole.items():
+        for left in (0, 1, 16, len(content) // 4, len(content) // 2, len(content) - 200, len(content) - 9):
+            path.write_bytes(content[:left])
+            assert f"rm {path}\n" in refusal(recipe, capsys), left
+        path.write_bytes(content)
+
+
+def test_the_order_of_the_rows_is_in_no_file_that_could_lose_its_end(workspace, tmp_path, cache):
+    run(SIMPO, [recipe_file(workspace, tmp_path), "--prepare_only"])
+    names = {name for path in cache.rglob("*.arrow") for name in pa.ipc.open_stream(path.read_bytes()).schema.names}
+    assert "chosen_input_ids" in names
+    assert "indices" not in names
 
 
 def checked_files(cache: Path) -> list[Path]:

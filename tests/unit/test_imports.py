@@ -34,7 +34,7 @@ ORDER = {
         "review.page",
     ],
     "launch": ["opening", "launch", "strategy", "turns"],
-    "recipe": ["values", "ranges", "parser", "rehearsal", "configs"],
+    "recipe": ["values", "ranges", "parser", "idle", "rehearsal", "configs"],
     "model": [
         "tokenizer_files",
         "config_files",
@@ -193,6 +193,11 @@ def test_a_file_does_not_import_one_behind_it_in_its_own_wing():
 
 def test_alignment_never_imports_scripts():
     assert [path for path in importers("scripts") if path.startswith("alignment/")] == []
+
+
+def test_on_policy_data_is_made_with_alignment_and_not_the_other_way():
+    assert [path for path in importers("on_policy_data_gen") if path.startswith("alignment/")] == []
+    assert [path for path in importers("scripts") if path.startswith("on_policy_data_gen/")] == []
 
 
 def test_parts_of_trl_that_may_vanish_are_imported_by_one_file_at_most():

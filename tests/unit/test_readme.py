@@ -35,7 +35,11 @@ def files_in_the_tree() -> set[str]:
 
 
 def test_the_tree_names_every_file_of_the_code_in_its_folder():
-    code = [path for folder in ("alignment", "scripts", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
+    code = [
+        path
+        for folder in ("alignment", "scripts", "benchmarks", "on_policy_data_gen")
+        for path in (ROOT / folder).rglob("*.py")
+    ]
     assert {path.relative_to(ROOT).as_posix() for path in code if path.name != "__init__.py"} <= files_in_the_tree()
 
 

@@ -307,6 +307,30 @@ def test_tools_are_handed_to_the_template_and_a_template_without_them_is_a_fault
     assert reasons(published_pair_text(row(tools=tools), bpe_tokenizer(), add_system=False)) == [UNSEEN_TOOLS]
 
 
+JUNK = [{"tools": "hammer"}, {"tools": {"a": 1}}, {"tools": ["x"]}, {"documents": 5}]
+
+
+@pytest.mark.parametrize("column", JUNK)
+def test_a_column_called_as_one_of_the_templates_matters_only_where_it_is_read(column):
+    asks = "{% if tools or documents %}{{ tools }}{{ documents }}{% endif %}" + shipped_template("llama-3")
+    with pytest.raises(Fault, match=r"the template reads a list of .* there; mend the column, or remove it"):
+        exact_pair_text(row(**column), with_template(asks))
+    assert exact_pair_text(row(**column), bpe_tokenizer())["prompt"] == exact_pair_text(row(), bpe_tokenizer())["prompt"]
+    exact_pair_text(row(), with_template(asks))  # the advice
+
+
+def test_a_tool_whose_function_is_only_a_name_is_no_crash():
+    asks = QWEN3.replace("tool | tojson", "tool.function")
+    assert exact_pair_text(row(tools=[{"type": "function", "function": "weather"}]), with_template(asks))["chosen"]
+
+
+def test_published_tells_of_what_the_template_leaves_out_of_the_prompt():
+    drops = "{% set messages = messages | rejectattr('role', 'equalto', 'system') | list %}" + shipped_template("llama-3")
+    prompt = [{"role": "system", "content": "Be brief."}, QUESTION]
+    found = published_pair_text(row(prompt=prompt), with_template(drops), add_system=False)["findings"]
+    assert [(finding.reason, "'Be brief.'" in finding.detail) for finding in found] == [(LOST, True)]
+
+
 @pytest.mark.parametrize("arguments", ['{"city": "Oslo"}', '{"city":"Oslo"}', {"city": 'the "city"'}, {"n": 3}])
 def test_arguments_are_found_however_they_are_spelt(arguments):
     call = {"type": "function", "function": {"name": "weather", "arguments": arguments}}

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import datasets
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
 
@@ -240,6 +241,13 @@ def test_a_pattern_passes_over_what_is_no_data():
     assert reports["train"].notes == ["source/*: passed over source/._a.jsonl, source/README.md"]
 
 
+def test_files_of_a_split_may_be_compressed_each_in_its_own_way():
+    write("source/train/a.jsonl", pairs(1, "a"))
+    packed("source/train/b.JSONL.gz", pairs(1, "b"), gzip.open)
+    packed("source/train/c.ndjson.xz", pairs(1, "c"), lzma.open)
+    assert trained("source", splits=["train"]) == ["a", "b", "c"]
+
+
 @pytest.mark.parametrize("other", ["train.jsonl.gz", "train.json", "train/part.jsonl"])
 def test_the_same_split_twice_is_refused(other):
     write("source/train.jsonl", pairs(1))
@@ -261,6 +269,22 @@ def test_a_file_that_is_not_utf8_is_one_error_with_its_line_and_a_way_out():
     Path("a.jsonl").write_bytes(Path("a.jsonl").read_bytes() + json.dumps(pair("café"), ensure_ascii=False).encode("latin1"))
     message = error_of({"a.jsonl": 1.0})
     assert message.startswith("a.jsonl, line 3: is not UTF-8 (byte 0xe9); save it as UTF-8, e.g. iconv -f latin1 -t utf-8")
+
+
+@pytest.mark.parametrize(("encoding", "content"), [("latin1", "café"), ("cp1252", "a “word”"), ("utf-16", "a")])
+def test_the_advice_about_another_encoding_works(encoding, content):
+    text = json.dumps(pair(content), ensure_ascii=False) + "\n"
+    Path("a.jsonl").write_bytes(text.encode(encoding))
+    message = error_of({"a.jsonl": 1.0})
+    advised = message.partition("iconv -f ")[2].split()[0]
+    Path("a.jsonl").write_text(Path("a.jsonl").read_bytes().decode(advised), encoding="utf-8")
+    assert trained("a.jsonl") == [content]
+
+
+def test_a_column_that_parquet_has_twice_is_one_error_that_names_the_file():
+    sides = pa.array([pair()["chosen"]])
+    pq.write_table(pa.Table.from_arrays([sides] * 3, names=["chosen", "rejected", "chosen"]), "a.parquet")
+    assert error_of({"a.parquet": 1.0}).startswith("a.parquet: cannot be read: ")
 
 
 @pytest.mark.parametrize(

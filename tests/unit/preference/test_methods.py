@@ -258,3 +258,33 @@ def test_the_card_names_the_objective_its_loss_and_whether_it_has_a_reference(bu
     for part in (f"[{objective.name}]({objective.paper.url})", f"`{objective.formula}`", f"| reference | {reference_row} |"):
         assert part in card
     assert f"| beta | {BETA[method]} |" in card
+
+
+@every_method
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+@pytest.mark.parametrize("preprocessing", ["published", "exact"])
+def test_held_out_pairs_are_evaluated_within_the_token_budget_to_the_same_figures(
+    build, method, layout, preprocessing, monkeypatch
+):
+    """Also the cross-entropies of the published rules, which go by an evaluation's batches of so many pairs."""
+    settings = {"pair_layout": layout, "preprocessing": preprocessing, "sft_weight": 0.5, "per_device_eval_batch_size": 2}
+    fixed, by_tokens = (
+        build(method, double(), held_out=ROWS[:7], max_tokens_per_micro_batch=budget, **settings) for budget in (None, 100)
+    )
+    seen = []
+    score = type(by_tokens).concatenated_forward
+    monkeypatch.setattr(
+        type(by_tokens), "concatenated_forward", lambda self, model, batch: seen.append(batch) or score(self, model, batch)
+    )
+    wanted, fixed_batches = figures(fixed.evaluate()), len(seen)
+    seen.clear()
+    assert figures(by_tokens.evaluate()) == pytest.approx(wanted, rel=1e-6, abs=1e-9)
+    assert len(seen) < fixed_batches
+    counts = [batch["token_counts"] for batch in seen]
+    assert max(count.padded if layout == "padded" else count.distinct for count in counts) <= 100
+    ours, theirs = (trainer.eval_pairs["eval"] for trainer in (fixed, by_tokens))
+    assert list(ours["index"]) == list(theirs["index"])
+
+
+def figures(metrics: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in metrics.items() if not any(word in name for word in ("second", "time", "memory"))}

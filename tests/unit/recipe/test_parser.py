@@ -23,6 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
+from alignment.errors import UserError
 from alignment.recipe.configs import DataArguments, ModelArguments
 from alignment.recipe.parser import (
     DROPPED,
@@ -169,6 +170,18 @@ def test_reporting_to_none_is_reporting_to_nobody(text, write):
     assert parse(f"--report_to={text}").report_to == []
     assert parse(write(f"report_to: {text}")).report_to == []
     assert parse(write(f"report_to:\n- {text if text == 'none' else 'none'}")).report_to == []
+
+
+@pytest.mark.parametrize("text", ["report_to: no", "report_to: false", "report_to: off"])
+def test_reporting_to_no_is_reporting_to_nobody(text, write):
+    assert parsed("report_to", write(text)) == []
+
+
+def test_a_long_value_is_quoted_with_an_end(write):
+    for text in ("lora_target_modules: [" + ", ".join(["1"] * 20_000) + "]", "seed: " + "x" * 9000):
+        (line,) = complaints(write(text))
+        assert len(line) < 600
+        assert "expected" in line
 
 
 def test_one_tracker_or_several_may_be_named(write):
@@ -531,17 +544,48 @@ def test_bf16_without_a_gpu_that_has_it_is_refused_with_what_works_instead(write
         ("beta", ", line 1: holds a str; expected lines of `key: value`"),
         ("beta: 2.0\ngamma_beta_ratio: 0.5\nbeta: 3.0", ", line 3: 'beta' is given twice"),
         ("dataset_mixer:\n  pairs: 0.5\n  pairs: 1.0", ", line 3: 'pairs' is given twice"),
-        ("beta: 2.0\nloss_type: [sigmoid\nseed: 1", ", line 3: "),
+        ("beta: 2.0\nloss_type: [sigmoid\nseed: 1", ", line 2: "),
         ("beta: 2.0\n\tseed: 1", ", line 2: "),
         ("beta: !!python/object:os.system 1", ", line 1: could not determine a constructor"),
         ("beta: 2.0\n---\nbeta: 3.0", ", line 3: a second document begins"),
         ("beta: \x07", ": unacceptable character"),
+        ("beta: 2.0\nchat_template_kwargs: &a {x: *a}", ", line 2: an alias stands in what it names"),
+        ("lora_target_modules: &a\n- q_proj\n- *a", ", line 1: an alias stands in what it names"),
+        ("chat_template_kwargs: {x: " + "[" * 3000 + "]" * 3000 + "}", ": is nested too deeply"),
+        ("beta: 2.0\nseed 3\nmax_steps: 4", ", line 2: could not find expected ':'; a key and its value stand as `key: value`"),
+        (
+            "chat_template: {{ messages }}",
+            ", line 1: found unhashable key; text that begins with { or [, such as Jinja, needs quo",
+        ),
+        ("run_name: @me", ", line 1: found character '@' that cannot start any token; text that begins so needs quotes"),
     ],
 )
 def test_a_file_that_is_no_recipe_is_refused_with_the_place_of_the_fault(text, complaint, write):
     recipe = write(text)
     assert len(complaints(recipe)) == 1
     assert complaints(recipe)[0].startswith(recipe + complaint)
+
+
+def test_a_tagged_number_is_as_doubtful_as_another(write):
+    assert "seed = '010': expected a decimal number" in complaints(write("seed: !!int 010"))[0]
+    assert parsed("seed", write("seed: !!int 12")) == 12
+
+
+def test_what_turns_out_later_is_told_with_the_line_of_its_key(write):
+    recipe = write("beta: 2.0\nchat_template: x.jinja\ndataset_mixer:\n  pairs: 1.0")
+    SIMPO.parse([recipe, "--strategy=zero3"])
+    for message, place in {
+        "chat_template = 'x.jinja': no such file": f"{recipe}, line 2: ",
+        "pairs: has no rows": f"{recipe}, line 3: ",
+        "dataset_mixer.pairs: has no rows": f"{recipe}, line 3: ",
+        "strategy = zero3: this launch is single": "--strategy=zero3: ",
+        "pairs/train.jsonl, line 3: is no JSON": "",
+        "beta and gamma": "",
+        "seed: is at its default": "",
+    }.items():
+        with pytest.raises(UserError) as error, SIMPO.placing():
+            raise UserError(message)
+        assert str(error.value) == place + message
 
 
 def test_a_file_that_cannot_be_read_is_one_clear_error(tmp_path):
@@ -551,7 +595,9 @@ def test_a_file_that_cannot_be_read_is_one_clear_error(tmp_path):
     (tmp_path / "folder.yaml").mkdir()
     assert complaints(str(tmp_path / "folder.yaml")) == [f"{tmp_path}/folder.yaml: Is a directory"]
     (tmp_path / "latin.yaml").write_bytes(b"run_name: caf\xe9")
-    assert "utf-8" in complaints(str(tmp_path / "latin.yaml"))[0]
+    assert complaints(str(tmp_path / "latin.yaml"))[0].startswith(f"{tmp_path}/latin.yaml, line 1: is not UTF-8 (byte 0xe9); ")
+    (tmp_path / "notepad.yaml").write_bytes("beta: 2.0\n".encode("utf-16"))
+    assert complaints(str(tmp_path / "notepad.yaml"))[0].endswith("iconv -f utf-16 -t utf-8")
 
 
 @pytest.mark.parametrize(

@@ -18,10 +18,11 @@ from scripts.simpo_config import SimPOConfig
 
 ROOT = Path(__file__).parents[3]
 RECIPE_FOLDER = ROOT / "training_configs"
+ON_POLICY = RECIPE_FOLDER / "on-policy"  # recipes of no training: tests/unit/on_policy
 RECIPES = sorted(
     path.relative_to(RECIPE_FOLDER).with_suffix("").as_posix()
     for path in RECIPE_FOLDER.rglob("*.yaml")
-    if path.parent.name != "ablations"  # matrices
+    if path.parent not in (ON_POLICY, RECIPE_FOLDER / "ablations")  # matrices
 )
 LAUNCHER_CONFIGS = sorted(path.name for path in (ROOT / "accelerate_configs").glob("*.yaml"))
 CONFIG_CLASSES = {

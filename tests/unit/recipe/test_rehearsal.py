@@ -297,3 +297,78 @@ def test_every_shipped_recipe_passes_every_check(path, monkeypatch, tmp_path):
     method = SFT if "sft" in path.stem else next(METHODS[name] for name in METHODS if name in path.stem)
     parser = H4ArgumentParser((ModelArguments, DataArguments, method.config))
     parser.parse([str(path), "--report_to=none"], recipe_checks(method))  # the tracker may not be installed
+
+
+# ---- What would train otherwise than it says ----
+
+
+@pytest.mark.parametrize(
+    "kwargs", ['{"min_lr": -1}', '{"min_lr_rate": 2}', '{"min_lr": 1}', '{"min_lr": NaN}', '{"min_lr": Infinity}']
+)
+def test_a_schedule_below_0_or_above_the_learning_rate_is_refused(kwargs):
+    (line,) = refused("--lr_scheduler_type=cosine_with_min_lr", f"--lr_scheduler_kwargs={kwargs}")
+    assert line.startswith("--lr_scheduler_kwargs=")
+    parse("--lr_scheduler_type=cosine_with_min_lr", '--lr_scheduler_kwargs={"min_lr": 1e-8}')
+
+
+def test_optim_args_that_are_no_settings_are_told_how_they_are_written():
+    (line,) = refused("--optim=sgd", "--optim_args=momentum")
+    assert line.endswith("expected name=value, several with commas")
+    parse("--optim=sgd", "--optim_args=momentum=0.9")
+
+
+def test_a_template_is_given_no_number_that_it_cannot_spell():
+    (line,) = refused('--chat_template_kwargs={"a": [1, Infinity]}')
+    assert line.endswith("chat_template_kwargs.a = [1, inf]: no template can be given inf or nan")
+
+
+def test_what_only_a_gpu_can_do_is_refused_on_a_cpu_unless_it_only_prepares():
+    assert "processes on a CPU talk by gloo; remove it" in refused("--ddp_backend=nccl")[0]
+    assert "needs a GPU" in refused("--fp16")[0]
+    assert parse("--ddp_backend=nccl", "--fp16", "--prepare_only").fp16 is False
+    assert parse("--ddp_backend=gloo").ddp_backend is None  # one process has nobody to talk to
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        '{"context_fn": "x"}',
+        '{"debug": true}',
+        '{"determinism_check": "x", "use_reentrant": false}',
+        '{"use_reentrant": "maybe"}',
+    ],
+)
+def test_recomputation_that_torch_would_refuse_in_the_first_step_is_refused(kwargs):
+    (line,) = refused("--gradient_checkpointing", f"--gradient_checkpointing_kwargs={kwargs}")
+    assert line.startswith("--gradient_checkpointing_kwargs=")
+    parse("--gradient_checkpointing", '--gradient_checkpointing_kwargs={"use_reentrant": false, "determinism_check": "none"}')
+
+
+@pytest.mark.parametrize("setting", ["split_batches", "dispatch_batches", "gradient_accumulation_kwargs"])
+def test_what_would_divide_steps_otherwise_is_refused(setting):
+    value = '{"num_steps": 3}' if setting.endswith("kwargs") else "true"
+    (line,) = refused(f'--accelerator_config={{"{setting}": {value}}}')
+    assert f"{setting} would make a step of other pairs" in line
+
+
+@pytest.mark.parametrize(("name", "advice"), [("sdap", "did you mean 'sdpa'?"), ("xyz", "; choose one of eager, ")])
+def test_an_attention_that_there_is_not_is_refused_with_the_names_there_are(name, advice):
+    (line,) = refused(f"--attn_implementation={name}")
+    assert advice in line
+    for known in ("eager", "sdpa", "kernels-community/flash-attn"):
+        parse(f"--attn_implementation={known}")
+
+
+def test_a_type_that_torch_has_not_is_refused_among_the_settings_of_the_model():
+    (problem,) = loading_problems({"dtype": "bf16"}, LlamaConfig())
+    assert "dtype must be one of auto, float32, float16, bfloat16" in str(problem)
+    assert loading_problems({"dtype": "bfloat16"}, LlamaConfig()) == []
+
+
+def test_deepspeed_without_a_launcher_is_refused_and_does_not_hinder_preparation(monkeypatch):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    setting = '--deepspeed={"zero_optimization": {"stage": 2}}'
+    assert "launch with accelerate_configs/deepspeed_zero3.yaml" in refused(setting)[0]
+    args = parse(setting, "--fsdp=full_shard", "--prepare_only")
+    assert not args.deepspeed
+    assert not args.fsdp

@@ -308,6 +308,18 @@ def test_the_base_of_an_adapter_is_such_a_folder_too(tmp_path):
     assert len(advice(tmp_path / "base", model_name_or_path=str(tmp_path / "adapter"))) == 1
 
 
+def test_what_no_file_system_takes_for_a_name_is_refused(tmp_path):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for name, reason in {
+        "x" * 300: "too long",
+        "y/" * 2500: "too long",
+        "a\0b": "null byte",
+        "loop/run": "symbolic links",
+    }.items():
+        (line,) = advice(tmp_path / name)
+        assert reason in line
+
+
 def test_a_path_through_a_file_is_refused(tmp_path):
     (tmp_path / "file").touch()
     assert advice(tmp_path / "file") == [f"{tmp_path / 'file'} is a file; choose another"]

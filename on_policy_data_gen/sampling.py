@@ -1,0 +1,122 @@
+"""What is asked of a model: prompts as token ids with one bos, how to sample, where to stop. Engines answer in any order."""
+
+import hashlib
+import logging
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+from tqdm import tqdm
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from alignment.data.chat import generation_text
+from alignment.data.splits import templated_tokenizer
+from alignment.data.tokenization import Response, add_ends, encode_texts, writes_bos
+from alignment.errors import UserError
+from alignment.model.endings import end_of_turn
+from alignment.model.loading import check_model_path, weights_source
+
+from .configs import PolicyArguments
+from .prompts import Prompt
+
+logger = logging.getLogger(__name__)
+
+AT_A_TIME = 1000  # texts that are tokenized together
+
+
+class Sampling(NamedTuple):
+    """How a response is drawn; stop_ids end one and are not part of its text."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    max_tokens: int
+    stop_ids: list[int]
+
+
+class Request(NamedTuple):
+    """A prompt as the model reads it. max_tokens: what its response may take, so that both fit the model."""
+
+    id: str
+    text: str
+    ids: list[int]
+    max_tokens: int
+
+
+class Answer(NamedTuple):
+    """A response. finish_reason: stop, or length where it was cut at max_tokens."""
+
+    id: str
+    text: str
+    tokens: int
+    finish_reason: str
+
+
+class Engine(Protocol):
+    """What generates."""
+
+    def answers(self, requests: Sequence[Request], seed: int) -> Iterator[Answer]: ...
+
+    def close(self) -> None: ...
+
+
+def row_seed(seed: int, prompt_id: str) -> int:
+    """The seed of one response, whatever else is sampled beside it: 0 to 2^63 - 1."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {prompt_id}".encode()).digest()[:8]) >> 1
+
+
+def policy_tokenizer(args: PolicyArguments) -> PreTrainedTokenizerBase:
+    """The policy's tokenizer with its chat template: the saved one, unless the arguments name another."""
+    return templated_tokenizer(args.model_arguments(), args.data_arguments(), preprocessing="exact")
+
+
+def sampling_of(args: PolicyArguments, tokenizer: PreTrainedTokenizerBase) -> Sampling:
+    return Sampling(args.temperature, args.top_p, args.top_k, args.max_tokens, stop_ids(args, tokenizer))
+
+
+def stop_ids(args: PolicyArguments, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokenizer's eos, the end of a turn in its template, and what the model's generation_config.json names."""
+    source = weights_source(args.model_arguments())
+    try:
+        named = GenerationConfig.from_pretrained(source.name, revision=source.revision).eos_token_id
+    except OSError:
+        named = None
+    ids = [tokenizer.eos_token_id, end_of_turn(tokenizer), *(named if isinstance(named, list) else [named])]
+    return [number for number in dict.fromkeys(ids) if number is not None]
+
+
+def positions(args: PolicyArguments) -> int | None:
+    """How many tokens the model has positions for, prompt and response together; None where it does not say."""
+    config = check_model_path(args.model_arguments()).get_text_config()
+    return getattr(config, "max_position_embeddings", None)
+
+
+def make_requests(
+    prompts: Sequence[Prompt],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_tokens: int,
+    window: int | None,
+    date: str,
+    quiet: bool = False,
+) -> list[Request]:
+    """A request for every prompt that leaves room for a response; a log line counts the others.
+
+    date: what a template's clock shows. Raises UserError for a prompt that the template cannot write, or if none has room.
+    """
+    add_bos = writes_bos(tokenizer)
+    requests, too_long = [], 0
+    for start in tqdm(range(0, len(prompts), AT_A_TIME), desc="Rendering prompts", disable=quiet or len(prompts) < AT_A_TIME):
+        part = prompts[start : start + AT_A_TIME]
+        texts = [generation_text(prompt.turns, tokenizer, date=date) for prompt in part]
+        for prompt, text, ids in zip(part, texts, encode_texts(tokenizer, texts), strict=True):
+            ids = add_ends(Response(ids, []), tokenizer, add_eos=False, add_bos=add_bos).prompt
+            room = max_tokens if window is None else min(max_tokens, window - len(ids))
+            if room > 0:
+                requests.append(Request(prompt.id, text, ids, room))
+            else:
+                too_long += 1
+    if not requests:
+        raise UserError(f"no prompt leaves room for a response: the model has {window:,} positions")
+    if too_long:
+        logger.info("left out: %s prompts that fill the model's %s positions.", f"{too_long:,}", f"{window:,}")
+    return requests
