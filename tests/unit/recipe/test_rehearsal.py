@@ -21,7 +21,8 @@ from tests.methods import METHODS
 SIMPO = Method(config=SimPOConfig, trainer=SimPOTrainer, data=PAIRS)
 SFT = Method(config=SFTConfig, trainer=SFTTrainer, data=CONVERSATIONS)
 FOLDER = Path(__file__).parents[3] / "training_configs"
-RECIPES = sorted(path for path in FOLDER.rglob("*.yaml") if path.parent.name != "ablations")  # those are matrices
+NO_TRAINING = ("ablations", "on-policy")
+RECIPES = sorted(path for path in FOLDER.rglob("*.yaml") if path.parent.name not in NO_TRAINING)
 EVALUATES = ("--eval_strategy=steps", "--eval_steps=2")
 
 
