@@ -133,7 +133,7 @@ def begin(
             status = read_status(run_.output_dir)
             if is_main and status and status["state"] != "finished":
                 state = "interrupted" if isinstance(error, RunInterrupted) else "failed"
-                write_status(run_.output_dir, state, reason=str(error))
+                write_status(run_.output_dir, state, reason=str(error), error=type(error).__name__)
             if isinstance(error, OSError) and error.errno in DISK_FULL:
                 raise TrainingStopped(f"{error}. Checkpoints are as they were; with room, the same command goes on.") from error
             raise
