@@ -13,7 +13,6 @@ import trl
 import yaml
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from ..data.prepare import pair_tokens, sequence_lengths
 from ..data.sources import TEST, TRAIN
@@ -21,6 +20,7 @@ from ..data.splits import DataKind, Prepared, prepared_splits, tokenizer_and_sou
 from ..errors import TrainingStopped, UserError
 from ..launch.launch import launcher_strategy
 from ..model.adapter_checks import check_adapters
+from ..model.adapters import whole_models
 from ..model.loading import WHOLE_WEIGHTS, check_model_path, find_adapter
 from ..preference.collate import PackedCollator, PaddedCollator
 from ..preference.configs import PairConfig
@@ -54,13 +54,13 @@ def dry_run(kind: DataKind, run_: Run, parser: H4ArgumentParser, notices: list[s
     args = run_.training_args
     if args.process_index > 0:
         return
-    unset_hf_deepspeed_config()  # a launcher's ZeRO-3 would divide models that have no data
     report, wanted, lacks = Report(new_console()), meant(parser), list(parser.lacks)
     speed = speed_of(args)
     strategy = planned_strategy(args, wanted, os.environ)
     config = check_model_path(run_.model_args)
-    check_adapters(run_.model_args, args, config, strategy=strategy, lacks=lacks)
-    skeleton = skeleton_of(run_.model_args, args, config)
+    with whole_models():  # a launcher's ZeRO-3 would divide what has no data
+        check_adapters(run_.model_args, args, config, strategy=strategy, lacks=lacks)
+        skeleton = skeleton_of(run_.model_args, args, config)
     standing = outlook(
         run_.output_dir, args.resume_from_checkpoint, comparable(run_), args.planned_processes, run_.rows_per_step
     )
