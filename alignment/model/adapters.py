@@ -290,8 +290,7 @@ def whole_models() -> Iterator[None]:
     try:
         yield
     finally:
-        if reference is not None:
-            hf_deepspeed.set_hf_deepspeed_config(reference())
+        hf_deepspeed._hf_deepspeed_config_weak_ref = reference  # to a config that may be gone, in a process of several runs
 
 
 # ---- What the run folder says ----
