@@ -39,6 +39,7 @@ from .tokenizer_files import load_as_written
 
 MERGED_BASE = "base"  # in the run folder: the model that an SFT adapter was merged into, and that a new adapter belongs to
 MERGED_FROM = "merged_from.json"
+SHARDED = {"zero3": "ZeRO-3", "fsdp1": "FSDP 1", "fsdp2": "FSDP 2"}  # strategies that divide parameters among processes
 # Files that make a folder a model, also with an adapter beside them.
 WHOLE_WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
 
@@ -205,7 +206,7 @@ def sharding() -> str | None:
     """What divides the parameters among processes in this launch: ZeRO-3, FSDP 1, FSDP 2, or None."""
     if is_deepspeed_zero3_enabled():  # by the launcher, or by a recipe's own deepspeed key
         return "ZeRO-3"
-    return {"fsdp1": "FSDP 1", "fsdp2": "FSDP 2"}.get(launcher_strategy(os.environ))
+    return SHARDED.get(launcher_strategy(os.environ))
 
 
 def check_model_path(model_args: ModelArguments) -> PreTrainedConfig:

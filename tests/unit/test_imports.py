@@ -34,7 +34,7 @@ ORDER = {
         "review.page",
     ],
     "launch": ["opening", "launch", "strategy", "turns"],
-    "recipe": ["values", "ranges", "parser", "idle", "rehearsal", "configs"],
+    "recipe": ["values", "ranges", "parser", "idle", "rehearsal", "dry_run", "configs"],
     "model": [
         "tokenizer_files",
         "config_files",
@@ -84,6 +84,19 @@ ORDER = {
         "trainer",
     ],
     "leaving": [],
+    "preflight": [
+        "settings",
+        "rows",
+        "shown",
+        "lengths",
+        "steps",
+        "model",
+        "memory",
+        "disk",
+        "pitfalls",
+        "report",
+        "dry_run",
+    ],
     "pipeline": [],
     "ablation": [
         "matrix",
