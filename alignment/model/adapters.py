@@ -286,13 +286,11 @@ def adapter_weights(adapter: Adapter) -> Path:
 def whole_models() -> Iterator[None]:
     """Inside, models are loaded whole, also by one process of a launch under ZeRO-3."""
     reference = hf_deepspeed._hf_deepspeed_config_weak_ref
-    config = None if reference is None else reference()  # None too where its arguments are gone
     hf_deepspeed.unset_hf_deepspeed_config()
     try:
         yield
     finally:
-        if config is not None:
-            hf_deepspeed.set_hf_deepspeed_config(config)
+        hf_deepspeed._hf_deepspeed_config_weak_ref = reference  # to a config that may be gone, in a process of several runs
 
 
 # ---- What the run folder says ----

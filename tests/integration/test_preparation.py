@@ -286,7 +286,7 @@ def test_data_that_fills_no_batch_is_an_error_before_the_model_is_loaded(
     recipe = recipe_file(workspace, tmp_path, **keys, **({"max_prompt_length": None} if method is SFT else {}))
     monkeypatch.setattr(pipeline, "build_trainer", None)
     printed = refusal(recipe, capsys, method)
-    assert "error: dataloader_drop_last = True: 8 training rows are less than one batch of 16" in printed
+    assert "dataloader_drop_last = True: 8 training rows are less than one batch of 16" in printed
     assert not (tmp_path / "run").exists()
 
 

@@ -80,7 +80,8 @@ def test_a_second_run_renders_nothing(calls):
         to_pair_texts(conversations, bpe_tokenizer(), preprocessing="exact", add_system=False, num_proc=None)[:]
         for _ in range(2)
     )
-    assert calls == ["render"] * 24  # the prompt, a probe and two conversations a row
+    # The prompt, a probe and two conversations a row, and one conversation for what the template does with bos.
+    assert calls == ["render"] * 25
     assert first == second
 
 

@@ -245,7 +245,7 @@ def test_files_of_a_split_may_be_compressed_each_in_its_own_way():
     write("source/train/a.jsonl", pairs(1, "a"))
     packed("source/train/b.JSONL.gz", pairs(1, "b"), gzip.open)
     packed("source/train/c.ndjson.xz", pairs(1, "c"), lzma.open)
-    assert trained("source", splits=["train"]) == ["a", "b", "c"]
+    assert trained("source", splits=["train"]) == ["a0", "b0", "c0"]
 
 
 @pytest.mark.parametrize("other", ["train.jsonl.gz", "train.json", "train/part.jsonl"])

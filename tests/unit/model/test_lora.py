@@ -2,6 +2,7 @@
 
 import copy
 import json
+import weakref
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,12 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedConfig
+from transformers.integrations import deepspeed
 
 from alignment.errors import ConfigError, UserError
 from alignment.model import adapters
 from alignment.model.adapter_checks import check_adapters
-from alignment.model.adapters import add_adapter, keep_4bit_layout, lora_config
+from alignment.model.adapters import add_adapter, keep_4bit_layout, lora_config, whole_models
 from alignment.model.loading import check_model_path, find_adapter, load_policy, load_tokenizer
 from alignment.recipe.configs import DataArguments, ModelArguments
 from scripts.simpo_config import SimPOConfig
@@ -417,3 +419,18 @@ def test_4_bit_layers_are_told_to_keep_the_layout_that_has_a_backward():
 def test_a_config_without_quantisation_is_told_from_one_with():
     assert adapters.quantised_by(PreTrainedConfig()) is None
     assert adapters.quantised_by(PreTrainedConfig(quantization_config={"load_in_4bit": True})) == "bitsandbytes"
+
+
+@pytest.mark.parametrize("is_gone", [True, False])
+def test_models_are_loaded_whole_though_an_earlier_recipe_of_the_process_named_deepspeed(is_gone, monkeypatch):
+    class ZeRO3:
+        def is_zero3(self) -> bool:
+            return True
+
+    config = ZeRO3()
+    monkeypatch.setattr(deepspeed, "_hf_deepspeed_config_weak_ref", before := weakref.ref(config))
+    if is_gone:
+        del config
+    with whole_models():
+        assert not deepspeed.is_deepspeed_zero3_enabled()
+    assert deepspeed._hf_deepspeed_config_weak_ref is before

@@ -52,7 +52,6 @@ def refused(*words: str, method: Method = SIMPO) -> list[str]:
         "--eval_delay=-3", "--eval_steps=-2", "--eval_steps=2.5", "--save_steps=-4", "--save_steps=0", "--save_total_limit=0",
         "--save_total_limit=-1", "--warmup_steps=-2", "--warmup_steps=1.5", "--eval_accumulation_steps=0",
         "--torch_empty_cache_steps=0", "--dataloader_num_workers=-1", "--ddp_timeout=0", "--early_stopping_patience=0",
-        "--neftune_noise_alpha=-1",
     ],
 )  # fmt: skip
 def test_a_number_out_of_range_is_refused_by_its_key_and_value(word, method):
@@ -373,3 +372,8 @@ def test_deepspeed_without_a_launcher_is_refused_and_does_not_hinder_preparation
     args = parse(setting, "--fsdp=full_shard", "--prepare_only")
     assert not args.deepspeed
     assert not args.fsdp
+
+
+def test_noise_below_0_is_refused_where_noise_is_supported():
+    (line,) = refused("--neftune_noise_alpha=-1", method=SFT)
+    assert line == "--neftune_noise_alpha=-1: must be finite and not negative"
