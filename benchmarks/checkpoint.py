@@ -24,16 +24,19 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import transformers
-from datasets import Dataset
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from alignment.launch.opening import opening
 
-from alignment.launch.strategy import WHOLE_COPY
-from alignment.run.checkpoints import Identity, digest_of, size, sync, verify
-from benchmarks.tokenization import machine, ratio
-from scripts.simpo_config import SimPOConfig
-from scripts.simpo_trainer import SimPOTrainer
-from tests import builders
+with opening():
+    import transformers
+    from datasets import Dataset
+    from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+    from alignment.launch.strategy import WHOLE_COPY
+    from alignment.run.checkpoints import Identity, digest_of, size, sync, verify
+    from benchmarks.tokenization import machine, ratio
+    from scripts.simpo_config import SimPOConfig
+    from scripts.simpo_trainer import SimPOTrainer
+    from tests import builders
 
 
 def main() -> None:

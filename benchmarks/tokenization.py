@@ -23,15 +23,18 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import datasets
-from datasets import Dataset
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from alignment.launch.opening import opening
 
-from alignment.data.chat import TEXT_COLUMNS, pair_texts
-from alignment.data.prepare import to_tokens
-from alignment.data.template import find_chat_template
-from alignment.data.tokenization import SIDES, LengthRules
-from tests import builders, reference
+with opening():
+    import datasets
+    from datasets import Dataset
+    from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+    from alignment.data.chat import TEXT_COLUMNS, pair_texts
+    from alignment.data.prepare import to_tokens
+    from alignment.data.template import find_chat_template
+    from alignment.data.tokenization import SIDES, LengthRules
+    from tests import builders, reference
 
 RULES = LengthRules(max_length=2048, max_prompt_length=1800, truncation_mode="keep_end", preprocessing="published")
 

@@ -28,27 +28,30 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+
 # A thread that waits for another would spin, which counts as CPU seconds. Read when torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+from alignment.launch.opening import opening
 
-import datasets
-import torch
-import transformers
-from accelerate.utils import send_to_device
-from datasets import Dataset
-from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
-from trl.trainer.utils import get_peak_flops
+with opening():
+    import datasets
+    import torch
+    import transformers
+    from accelerate.utils import send_to_device
+    from datasets import Dataset
+    from torch import Tensor
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+    from trl.trainer.utils import get_peak_flops
 
-from alignment.data.tokenization import SIDES, LengthRules, tokenize_pairs
-from alignment.model.layers import recompute_first
-from alignment.preference.collate import PackedCollator, PaddedCollator, Row, divided, on_device, token_counts
-from alignment.preference.throughput import dense_flops
-from alignment.preference.trainer import PairTrainer
-from alignment.run.guards import peak_memory_gb
-from benchmarks.tokenization import load_tokenizer, machine, ratio, rendered_pairs
-from tests import builders, reference
-from tests.methods import METHODS
+    from alignment.data.tokenization import SIDES, LengthRules, tokenize_pairs
+    from alignment.model.layers import recompute_first
+    from alignment.preference.collate import PackedCollator, PaddedCollator, Row, divided, on_device, token_counts
+    from alignment.preference.throughput import dense_flops
+    from alignment.preference.trainer import PairTrainer
+    from alignment.run.guards import peak_memory_gb
+    from benchmarks.tokenization import load_tokenizer, machine, ratio, rendered_pairs
+    from tests import builders, reference
+    from tests.methods import METHODS
 
 BETAS, GAMMA_BETA_RATIO = {"simpo": 2.5, "dpo": 0.1, "orpo": 0.1}, 0.55
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}  # relative, of the mean loss; bf16 logits have 8 bits

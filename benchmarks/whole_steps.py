@@ -14,13 +14,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from datasets import Dataset
+from alignment.launch.opening import opening
 
-from alignment.recipe.parser import H4ArgumentParser
-from benchmarks import train_step
-from benchmarks.tokenization import load_tokenizer
-from scripts.simpo_config import SimPOConfig
-from scripts.simpo_trainer import SimPOTrainer
+with opening():
+    from datasets import Dataset
+
+    from alignment.recipe.parser import H4ArgumentParser
+    from benchmarks import train_step
+    from benchmarks.tokenization import load_tokenizer
+    from scripts.simpo_config import SimPOConfig
+    from scripts.simpo_trainer import SimPOTrainer
 
 SHOWN = ("step", "loss", "rewards/margins", "grad_norm", "tokens_per_second", "peak_memory_gb", "mfu")
 

@@ -26,7 +26,7 @@ SILENCED = (
         "a package that no recipe needs: 4-bit weights are trained without it; peft imports bitsandbytes in every run",
     ),
     Silenced(
-        "DeepSpeedAccelerator",
+        "DeepSpeed",
         "Setting accelerator to CPU",
         "accelerate asks DeepSpeed in every run; the suite's own line says on which device the run is",
     ),

@@ -82,8 +82,10 @@ def saved_config(
             result.pop(key, None)
             if key in came:
                 result[key] = came[key]
-        elif key not in written and not key.startswith("rope_") and unchanged(came[key], getattr(config, key, None)):
-            result[key] = came[key]
+        elif key not in written and not key.startswith("rope_"):
+            # By its present name: the old one is read with a warning.
+            value = getattr(config, "dtype" if key == "torch_dtype" else key, None)
+            result |= {key: came[key]} if unchanged(came[key], value) else {}
     own = dtype or written.get("dtype")
     if own is not None:
         result["dtype"] = result["torch_dtype"] = own

@@ -226,7 +226,7 @@ def misread(tokenizer: PreTrainedTokenizerBase, folder: Path, rows: list[list[in
         saved = AutoTokenizer.from_pretrained(folder, trust_remote_code=source is not None and source.trust_remote_code)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
         return f"it cannot be read: {type(error).__name__}: {error}"
-    texts = [tokenizer.decode(row) for row in rows]
+    texts = [tokenizer.decode(row, clean_up_tokenization_spaces=False) for row in rows]
     if tokenizer.is_fast:
         texts += telling_texts(tokenizer.backend_tokenizer)
     for text in texts:

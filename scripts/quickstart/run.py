@@ -9,9 +9,12 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from alignment.report.curves import read_metrics
-from scripts.quickstart.model import random_model, sample, train_tokenizer
-from scripts.quickstart.task import RULE, conversation_rows, follows_rule, preference_rows, split_orders
+from alignment.launch.opening import opening
+
+with opening():
+    from alignment.report.curves import read_metrics
+    from scripts.quickstart.model import random_model, sample, train_tokenizer
+    from scripts.quickstart.task import RULE, conversation_rows, follows_rule, preference_rows, split_orders
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = Path("outputs/quickstart")

@@ -32,6 +32,36 @@ def test_the_first_line_of_a_script_is_its_own(script):
     assert (done.stdout + done.stderr).strip().startswith("error: --seed=-1: must be")
 
 
+@pytest.mark.parametrize("script", ["train_step", "checkpoint"])
+def test_the_first_line_of_a_benchmark_is_its_own(script):
+    command = [sys.executable, f"benchmarks/{script}.py", "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.stderr, done.stdout.partition(" ")[0]) == ("", "usage:")
+
+
+def test_the_quickstart_begins_with_its_own_line():
+    done = python("import scripts.quickstart.run")
+    assert done.stdout + done.stderr == ""
+
+
+def test_what_is_silenced_is_what_the_libraries_do_log_and_nothing_is_left_of_it():
+    libraries = """
+        import os
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        from alignment.launch.opening import opening
+        {}
+            import peft
+            from deepspeed.accelerator import get_accelerator
+            get_accelerator()
+    """
+    bare, silent = (python(libraries.format(line)) for line in ("if True:", "with opening():"))
+    assert [line.beginning for line in SILENCED if line.beginning not in bare.stdout + bare.stderr] == []
+    assert (silent.returncode, [line.beginning for line in SILENCED if line.beginning in silent.stdout + silent.stderr]) == (
+        0,
+        [],
+    )
+
+
 def test_ctrl_c_among_the_imports_is_one_line_and_a_status_to_start_again():
     done = python("""
         import os, signal, time
