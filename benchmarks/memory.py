@@ -20,7 +20,10 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from alignment.launch.opening import opening
+import torch
+from accelerate.utils import send_to_device
+from torch import nn
+from transformers import Gemma2Config, LlamaConfig, PreTrainedConfig, Qwen3Config
 
 from alignment.preference.collate import Batch
 from alignment.preference.fake_step import Ledger, batch_of, build, micro_batch, recompute, shard, silent_processes, tokens_of
