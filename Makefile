@@ -1,4 +1,4 @@
-# setup · quickstart · test · test-all · test-newest · test-torch-2.11 · style · bench · review-proof · gpu-proof
+# setup · quickstart · ablation · test · test-all · test-newest · test-torch-2.11 · style · bench · review-proof · gpu-proof
 # Every target first builds .venv where it is missing or older than the files that describe it.
 
 PYTHON ?= python3
@@ -14,7 +14,7 @@ TORCH ?= torch
 # One stamp for each set of extras, so that asking for another set installs it.
 STAMP := $(VENV)/installed-$(EXTRAS)
 
-.PHONY: setup quickstart test test-all test-trackers test-transformers-4 test-newest test-torch-2.11 style bench review-proof gpu-proof
+.PHONY: setup quickstart ablation test test-all test-trackers test-transformers-4 test-newest test-torch-2.11 style bench review-proof gpu-proof
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -31,14 +31,20 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 quickstart: $(STAMP)
 	@$(RUN) scripts/quickstart/run.py
 
+# DPO and SimPO at two ranks, on the quickstart's model and pairs; what was run before is left alone.
+ablation: $(STAMP)
+	@test -f outputs/quickstart/sft/model.safetensors || $(RUN) scripts/quickstart/run.py
+	@$(RUN) scripts/run_ablation.py training_configs/ablations/quickstart.yaml
+
 # What `make test` leaves to the targets below it.
-APART := --ignore=tests/trackers --ignore=tests/readers
+APART := --ignore=tests/trackers --ignore=tests/readers --ignore=tests/slow
 
 test: $(STAMP)
 	@$(RUN) -m pytest -n 2 --dist loadfile $(APART)
 
-# Also what needs other packages than a run does.
+# Also what takes minutes, and what needs other packages than a run does.
 test-all: test
+	@$(RUN) -m pytest tests/slow
 	@$(MAKE) --no-print-directory test-transformers-4
 	@$(MAKE) --no-print-directory test-trackers EXTRAS=dev,trackers
 
@@ -80,7 +86,7 @@ $(OLD_TORCH)/installed: setup.cfg pyproject.toml constraints.txt
 	@touch $@
 
 bench: $(STAMP)
-	@for file in $(filter-out benchmarks/gpu_proof.py benchmarks/review_%.py,$(wildcard benchmarks/*.py)); do echo "== $$file"; $(RUN) $$file || exit 1; done
+	@for file in $(filter-out benchmarks/gpu_proof.py benchmarks/memory_processes.py benchmarks/review_%.py,$(wildcard benchmarks/*.py)); do echo "== $$file"; $(RUN) $$file || exit 1; done
 
 # How far a review is right: simulated record sets, and runs on the quickstart's model that are built to go wrong. A quarter
 # of an hour after the quickstart.

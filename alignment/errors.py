@@ -42,11 +42,15 @@ def reason_of(error: BaseException, *, whole: bool = False) -> str:
 
 
 class Problem(NamedTuple):
-    """One thing wrong with a config: the field, its value, and what would be right."""
+    """One thing wrong with a config: the field, its value, and what would be right.
+
+    is_local: it is this machine that lacks something; a dry run, which is for another one, lists it and goes on.
+    """
 
     key: str
     value: Any
     advice: str
+    is_local: bool = False
 
     def __str__(self) -> str:
         return f"{self.key} = {shown(self.value)}: {self.advice}"

@@ -31,6 +31,7 @@ from .leaving import before_rounding, describe_files, save, settle_end
 from .model.adapter_checks import check_adapters
 from .model.adapters import base_identity, settle_adapter, start_identity, starting_point
 from .model.loading import check_attention, check_model_path, model_init_kwargs
+from .preflight.dry_run import dry_run
 from .recipe.configs import DataArguments, ModelArguments, Run, RunArguments
 from .recipe.idle import idle_keys
 from .recipe.parser import Check, H4ArgumentParser, full_recipe
@@ -45,6 +46,7 @@ from .run.resuming import (
     AFRESH,
     checkpoint_to_resume,
     choice_of_attempt,
+    holds_end,
     refuse_other_base,
     refuse_other_data,
     refuse_other_layout,
@@ -93,7 +95,7 @@ def run(method: Method, argv: Sequence[str] | None = None) -> DurableTrainer | N
     """Train, save, evaluate and record one recipe. Returns the trainer, for callers that look further; None if the run was
     finished before.
 
-    With prepare_only, the data is made ready and nothing else happens; None then too.
+    With prepare_only, the data is made ready and nothing else happens, with dry_run it is told what would; None then too.
     Raises UserError before anything expensive if the recipe, the environment or the data cannot work, and
     TrainingStopped if training broke down.
     """
@@ -108,12 +110,16 @@ def begin(
 ) -> DurableTrainer | None:
     """What a recipe asks for, once it is read."""
     set_up_logging(training_args)
-    for notice in (*parser.notices, *idle_keys(parser), *settle(training_args, parser.recipe)):
+    notices = [*parser.notices, *idle_keys(parser), *settle(training_args, parser.recipe)]
+    for notice in notices:
         logger.info(notice)
     logger.info("Objective: %s.", training_args.objective)
     recipe = training_args.followed_defaults | parser.recipe
     run_ = Run(model_args, data_args, training_args, full_recipe(recipe, parser.dataclass_types))
     check(run_, parser)
+    if training_args.dry_run:
+        dry_run(method.data, run_, parser, notices)
+        return None
     if training_args.prepare_only:
         tokenized_splits(method.data, ready_tokenizer(run_), run_._replace(date=today()))
         logger.info("The data is prepared, in %s; nothing was trained (prepare_only).", datasets.config.HF_DATASETS_CACHE)
@@ -127,7 +133,7 @@ def begin(
             status = read_status(run_.output_dir)
             if is_main and status and status["state"] != "finished":
                 state = "interrupted" if isinstance(error, RunInterrupted) else "failed"
-                write_status(run_.output_dir, state, reason=str(error))
+                write_status(run_.output_dir, state, reason=str(error), error=type(error).__name__)
             if isinstance(error, OSError) and error.errno in DISK_FULL:
                 raise TrainingStopped(f"{error}. Checkpoints are as they were; with room, the same command goes on.") from error
             raise
@@ -237,10 +243,7 @@ def refuse_restart_of_a_stop(output_dir: Path, restarts: int) -> None:
 
 def is_finished(run_: Run) -> bool:
     """Whether the folder holds the end of a run."""
-    status = read_status(run_.output_dir)
-    if run_.training_args.resume_from_checkpoint in AFRESH or not status or status["state"] != "finished":
-        return False
-    return any(run_.output_dir.glob("*.safetensors"))
+    return run_.training_args.resume_from_checkpoint not in AFRESH and holds_end(run_.output_dir)
 
 
 def refuse_other_end(run_: Run, data: str) -> None:
@@ -266,7 +269,7 @@ def enter(trainer: DurableTrainer, state: str, **more: Any) -> None:
 def set_up_logging(args: TrainingArguments) -> None:
     """The suite's own lines on the main process; the libraries' at the recipe's log_level."""
     logging.basicConfig(format="%(asctime)s %(name)s %(levelname)s: %(message)s", datefmt="%H:%M:%S", stream=sys.stdout)
-    own_level = logging.INFO if args.process_index == 0 else logging.WARNING
+    own_level = logging.INFO if args.process_index == 0 and not args.dry_run else logging.WARNING
     for name in ("alignment", "scripts"):
         logging.getLogger(name).setLevel(own_level)
     level = args.get_process_log_level()
@@ -310,12 +313,13 @@ def check(run_: Run, parser: H4ArgumentParser) -> None:
             f"{args.n_gpu} GPUs are visible to one process; start with `accelerate launch --config_file "
             "accelerate_configs/multi_gpu.yaml`, or show one with CUDA_VISIBLE_DEVICES=0"
         )
-    if not args.prepare_only:
+    trains = not (args.prepare_only or args.dry_run)
+    if trains:
         check_launch(args, os.environ)
         check_attention(model_args.attn_implementation, use_cpu=args.use_cpu)
     config = check_model_path(model_args)
     parser.refuse(loading_problems(args.model_init_kwargs, config))
-    if not args.prepare_only:
+    if trains:
         check_adapters(model_args, args, config)
         if args.push_to_hub and args.process_index == 0:
             check_hub(args)

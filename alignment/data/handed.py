@@ -73,7 +73,7 @@ def messages_to_tokens(name: str, data: Dataset, tokenizer: PreTrainedTokenizerB
     refuse_bad_rows([part], keep_malformed=not exact or args.bad_rows == "drop")
     rows = part.well_formed() if exact else part.rows
     run_ = Run(ModelArguments(), DataArguments(), args, recipe="")
-    tokens, notes = PAIRS.tokenize(name, rows, tokenizer, run_)
+    tokens, _, notes = PAIRS.tokenize(name, rows, tokenizer, run_)
     for note in notes:
         logger.info("%s: %s", name, note)
     return tokens

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 from accelerate import PartialState
@@ -19,8 +19,8 @@ from ..launch.turns import one_process_at_a_time
 from ..model.loading import load_tokenizer
 from ..recipe.configs import DataArguments, ModelArguments, Run
 from . import chat, prepare, template
-from .mixing import count_reasons, flaws_of, get_datasets, listing
-from .sources import TRAIN
+from .mixing import SplitReport, count_reasons, flaws_of, get_datasets, listing
+from .sources import TEST, TRAIN
 from .tokenization import SIDES
 
 logger = logging.getLogger(__name__)
@@ -32,10 +32,10 @@ PAIR_IDENTITY = (*(f"{column}_sha256" for column in chat.TEXT_COLUMNS), *TRUNCAT
 
 @dataclass(frozen=True)
 class DataKind:
-    """The rows that a method trains on, and how they become tokens."""
+    """The rows that a method trains on, and how they become tokens: a split's rows -> tokens, the texts of these, and notes."""
 
     columns: tuple[str, ...]
-    tokenize: Callable[[str, Dataset, PreTrainedTokenizerBase, Run], tuple[Dataset, list[str]]]
+    tokenize: Callable[[str, Dataset, PreTrainedTokenizerBase, Run], tuple[Dataset, Dataset, list[str]]]
 
 
 def ready_tokenizer(run_: Run) -> PreTrainedTokenizerBase:
@@ -45,6 +45,15 @@ def ready_tokenizer(run_: Run) -> PreTrainedTokenizerBase:
 
 def templated_tokenizer(model_args: ModelArguments, data_args: DataArguments, *, preprocessing: str) -> PreTrainedTokenizerBase:
     """The model's tokenizer with the chat template that these arguments choose, and its settings."""
+    tokenizer, source = tokenizer_and_source(model_args, data_args, preprocessing=preprocessing)
+    logger.info("Chat template: %s.", source)
+    return tokenizer
+
+
+def tokenizer_and_source(
+    model_args: ModelArguments, data_args: DataArguments, *, preprocessing: str
+) -> tuple[PreTrainedTokenizerBase, str]:
+    """`templated_tokenizer`, and where its template comes from."""
     tokenizer = load_tokenizer(model_args, data_args)
     found, source = template.find_chat_template(
         tokenizer,
@@ -53,14 +62,36 @@ def templated_tokenizer(model_args: ModelArguments, data_args: DataArguments, *,
         preprocessing=preprocessing,
     )
     tokenizer.chat_template = template.with_settings(found, data_args.chat_template_kwargs, tokenizer)
-    logger.info("Chat template: %s.", source)
-    return tokenizer
+    return tokenizer, source
+
+
+class Prepared(NamedTuple):
+    """One split. A row of tokens has the number of its text in `index`, where it is one of a pair."""
+
+    tokens: Dataset
+    texts: Dataset
+    report: SplitReport
+    notes: list[str]
+    """Lines about its tokens; the first one is there for every split."""
 
 
 def tokenized_splits(kind: DataKind, tokenizer: PreTrainedTokenizerBase, run_: Run) -> dict[str, Dataset]:
     """Token ids of the splits "train" and, where there is held-out data, "test"; one line about each.
 
     Raises UserError if they would train or evaluate nothing, or if what an earlier run left in the cache is damaged.
+    """
+    splits = prepared_splits(kind, tokenizer, run_)
+    for name, split in splits.items():
+        logger.info("%s: %s; %s", name, split.report, split.notes[0])
+        for note in [*split.notes[1:], *split.report.places]:
+            logger.info("%s: %s", name, note)
+    return {name: split.tokens for name, split in splits.items()}
+
+
+def prepared_splits(kind: DataKind, tokenizer: PreTrainedTokenizerBase, run_: Run) -> dict[str, Prepared]:
+    """Token ids of each split, with what they were made of and what is to be said about them.
+
+    Raises UserError as tokenized_splits.
     """
     args = run_.training_args
     seed = args.seed if args.data_seed is None else args.data_seed
@@ -84,17 +115,15 @@ def tokenized_splits(kind: DataKind, tokenizer: PreTrainedTokenizerBase, run_: R
                 num_proc=run_.workers,
             )
             for name, rows in conversations.items():
-                splits[name], notes = kind.tokenize(name, rows, tokenizer, run_)
-                logger.info("%s: %s; %s", name, reports[name], notes[0])
-                for note in [*notes[1:], *reports[name].places]:
-                    logger.info("%s: %s", name, note)
+                tokens, texts, notes = kind.tokenize(name, rows, tokenizer, run_)
+                splits[name] = Prepared(tokens, texts, reports[name], notes)
     except Exception as error:  # what reads a torn file fails in its own way
         if message := prepare.damage(error):
             raise UserError(message) from error
         raise
     stop_tokenizer_threads()
-    args.refuse_zero_steps(len(splits["train"]))
-    if args.do_eval and len(splits["test"]) == 0:
+    args.refuse_zero_steps(len(splits[TRAIN].tokens))
+    if args.do_eval and len(splits[TEST].tokens) == 0:
         raise UserError("test has no row left to evaluate on; --do_eval=false trains without")
     return splits
 
@@ -104,7 +133,9 @@ def stop_tokenizer_threads() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
-def tokenize_pair_rows(name: str, rows: Dataset, tokenizer: PreTrainedTokenizerBase, run_: Run) -> tuple[Dataset, list[str]]:
+def tokenize_pair_rows(
+    name: str, rows: Dataset, tokenizer: PreTrainedTokenizerBase, run_: Run
+) -> tuple[Dataset, Dataset, list[str]]:
     args = run_.training_args
     if args.preprocessing == "published":
         chat.check_published_template(tokenizer, date=run_.date)
@@ -118,17 +149,18 @@ def tokenize_pair_rows(name: str, rows: Dataset, tokenizer: PreTrainedTokenizerB
     notes = [prepare.describe_tokens(tokens, dropped=len(texts) - len(tokens), rules=args.length_rules)]
     if args.preprocessing == "published":
         notes.append(prepare.describe_published(texts, tokens, tokenizer))
-    return tokens, notes + found
+    return tokens, texts, notes + found
 
 
 def tokenize_conversation_rows(
     name: str, rows: Dataset, tokenizer: PreTrainedTokenizerBase, run_: Run
-) -> tuple[Dataset, list[str]]:
+) -> tuple[Dataset, Dataset, list[str]]:
     texts = prepare.to_message_texts(rows, tokenizer, **text_settings(run_))
     usable, found = usable_rows(name, texts, tokenizer, run_)
     texts = texts if len(usable) == len(texts) else texts.select(usable)
     tokens = prepare.to_sequences(texts, tokenizer, num_proc=run_.workers, preprocessing=run_.training_args.preprocessing)
-    return tokens, [f"tokens (median / 95 % / max): {prepare.spread(prepare.sequence_lengths(tokens))}", *found]
+    notes = [f"tokens (median / 95 % / max): {prepare.spread(prepare.sequence_lengths(tokens))}", *found]
+    return tokens, texts, notes
 
 
 def text_settings(run_: Run) -> dict[str, Any]:

@@ -14,21 +14,30 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import UserError
 from ..recipe.configs import ModelArguments
 from .adapters import EMBEDDINGS, adapter_weights, continues, own_quantisation, quantised_by, tied_target
-from .loading import Adapter, find_adapter, sharding
+from .loading import SHARDED, Adapter, find_adapter, sharding
 
 HEADS = ("lm_head", "embed_out")
 KNOWN_LAYERS = (nn.Linear, nn.Embedding, Conv1D)  # what a recipe may name
 
 
-def check_adapters(model_args: ModelArguments, args: TrainingArguments, config: PreTrainedConfig) -> None:
+def check_adapters(
+    model_args: ModelArguments,
+    args: TrainingArguments,
+    config: PreTrainedConfig,
+    *,
+    strategy: str | None = None,
+    lacks: list[str] | None = None,
+) -> None:
     """Raises UserError, with every reason at once, for adapters and quantisation that the libraries cannot train here.
 
-    config: of the model, or of the adapter's base.
+    config: of the model, or of the adapter's base. strategy: one to reckon with; None: this launch's. lacks: takes what only
+    this machine is in the way of; None: that is a complaint too.
     """
     adapter = find_adapter(model_args)
     complaints = [
-        *quantisation_complaints(model_args, args, config),
-        *sharding_complaints(model_args, args, config),
+        *local_complaints(model_args, args, config, lacks),
+        *quantisation_complaints(model_args, config),
+        *sharding_complaints(model_args, args, config, SHARDED.get(strategy) if strategy else sharding()),
         *start_complaints(model_args, args, config, adapter),
     ]
     new_adapter = model_args.use_peft and not (adapter is not None and continues(model_args, config))
@@ -47,8 +56,29 @@ def bits_of(model_args: ModelArguments, config: PreTrainedConfig) -> int | None:
     return 4 if model_args.load_in_4bit or own.get("load_in_4bit") else None
 
 
-def quantisation_complaints(model_args: ModelArguments, args: TrainingArguments, config: PreTrainedConfig) -> Iterator[str]:
-    own, bits = quantised_by(config), bits_of(model_args, config)
+def local_complaints(
+    model_args: ModelArguments, args: TrainingArguments, config: PreTrainedConfig, lacks: list[str] | None
+) -> list[str]:
+    """What another machine may be able to do; none, and in `lacks` instead, where that is given."""
+    bits, found = bits_of(model_args, config), []
+    key = "load_in_8bit" if model_args.load_in_8bit else "load_in_4bit"
+    asked = model_args.load_in_8bit or model_args.load_in_4bit
+    place = f"{key} = True" if asked else f"model_name_or_path = {model_args.model_name_or_path!r}"
+    if bits and importlib.util.find_spec("bitsandbytes") is None:
+        found.append(f"{place}: needs the package bitsandbytes; run `pip install bitsandbytes`")
+    if bits == 8 and model_args.use_dora and args.device.type == "cpu":
+        found.append(
+            "use_dora = True: reading 8-bit weights, as DoRA does, loses their scales on a CPU (peft and bitsandbytes); use "
+            "load_in_4bit, or LoRA"
+        )
+    if lacks is None:
+        return found
+    lacks += found
+    return []
+
+
+def quantisation_complaints(model_args: ModelArguments, config: PreTrainedConfig) -> Iterator[str]:
+    own = quantised_by(config)
     place = f"model_name_or_path = {model_args.model_name_or_path!r}"
     if own and not model_args.use_peft:
         yield (
@@ -59,18 +89,13 @@ def quantisation_complaints(model_args: ModelArguments, args: TrainingArguments,
     asked = model_args.load_in_8bit or model_args.load_in_4bit
     if asked and own and not (own == "bitsandbytes" and own_quantisation(config).get(key)):
         yield f"{key} = True: the weights of {model_args.model_name_or_path!r} are quantised already ({own}); remove {key}"
-    if bits and importlib.util.find_spec("bitsandbytes") is None:
-        yield f"{f'{key} = True' if asked else place}: needs the package bitsandbytes; run `pip install bitsandbytes`"
-    if bits == 8 and model_args.use_dora and args.device.type == "cpu":
-        yield (
-            "use_dora = True: reading 8-bit weights, as DoRA does, loses their scales on a CPU (peft and bitsandbytes); use "
-            "load_in_4bit, or LoRA"
-        )
 
 
-def sharding_complaints(model_args: ModelArguments, args: TrainingArguments, config: PreTrainedConfig) -> Iterator[str]:
+def sharding_complaints(
+    model_args: ModelArguments, args: TrainingArguments, config: PreTrainedConfig, strategy: str | None
+) -> Iterator[str]:
     """What the libraries do under each strategy was tried on two processes; what is not named here works."""
-    strategy, bits = sharding(), bits_of(model_args, config)
+    bits = bits_of(model_args, config)
     fsdp = strategy is not None and strategy.startswith("FSDP")
     if fsdp and bits == 8:
         yield (

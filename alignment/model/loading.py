@@ -42,6 +42,7 @@ MERGED_BASE = "base"  # in the run folder: the model that an SFT adapter was mer
 MERGED_FROM = "merged_from.json"
 # What reading a model may end in: its files, the Hub, the way to it (a proxy that needs a package, an address that is none).
 HUB_ERRORS = (OSError, ValueError, ImportError, HTTPError)
+SHARDED = {"zero3": "ZeRO-3", "fsdp1": "FSDP 1", "fsdp2": "FSDP 2"}  # strategies that divide parameters among processes
 # Files that make a folder a model, also with an adapter beside them.
 WHOLE_WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
 
@@ -204,7 +205,7 @@ def sharding() -> str | None:
     """What divides the parameters among processes in this launch: ZeRO-3, FSDP 1, FSDP 2, or None."""
     if is_deepspeed_zero3_enabled():  # by the launcher, or by a recipe's own deepspeed key
         return "ZeRO-3"
-    return {"fsdp1": "FSDP 1", "fsdp2": "FSDP 2"}.get(launcher_strategy(os.environ))
+    return SHARDED.get(launcher_strategy(os.environ))
 
 
 def check_model_path(model_args: ModelArguments) -> PreTrainedConfig:

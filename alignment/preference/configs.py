@@ -38,7 +38,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
         "must be auto, all or a number that is not negative",
     ),
     "neftune_noise_alpha": (
-        lambda value: not value,
+        lambda value: not value or value < 0,  # which is nothing for anybody
         "is not supported for pairs: its noise goes by a row's length, which padding and packing change; remove it",
     ),
     "train_probe": (lambda value: value >= 0, "must not be negative"),

@@ -328,7 +328,13 @@ def batch_of(plan: Plan, pair: Pair, count: int) -> Batch:
     return (PackedCollator() if plan.layout == "packed" else PaddedCollator(0))(rows)
 
 
-def micro_batch(model: nn.Module, batch: Batch, plan: Plan, between: Callable[[], None] = lambda: None) -> None:
+def micro_batch(
+    model: nn.Module,
+    batch: Batch,
+    plan: Plan,
+    between: Callable[[], None] = lambda: None,
+    backward: Callable[[Tensor], Any] = Tensor.backward,
+) -> None:
     """Forward and backward of the objective; `between` is called between the two."""
     zero = plan.strategy.startswith("zero")  # DeepSpeed's model computes in its own precision, without autocast
     on = plan.compute_dtype is not None and not zero
@@ -340,7 +346,7 @@ def micro_batch(model: nn.Module, batch: Batch, plan: Plan, between: Callable[[]
     loss = simpo_loss(chosen, rejected, beta=2.0, gamma_beta_ratio=0.5).sum()
     del output, logps, chosen, rejected
     between()
-    loss.backward()
+    backward(loss)
 
 
 def tokens_of(batch: Batch) -> int:

@@ -42,7 +42,7 @@ class FittedSteps(GuardedSteps):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.by_tokens, self.wish = asked_for(self.args)
+        self.by_tokens, self.wish = asked_for(self.args, on_gpu=is_gpu(self.args.device))
         is_known = self.wish.recompute_layers is not None and (self.wish.max_tokens is not None or not self.by_tokens)
         self.division: Division | None = Division(*self.wish) if is_known else None
         # In front of all that computes at the beginning of training.
@@ -193,10 +193,10 @@ class FitFirst(TrainerCallback):
         self.trainer.fit()
 
 
-def asked_for(args: PairConfig) -> tuple[bool, Wish]:
+def asked_for(args: PairConfig, *, on_gpu: bool) -> tuple[bool, Wish]:
     """Whether steps are divided by tokens, and what the recipe says of how; on a CPU nothing is left open."""
     tokens, layers = args.max_tokens_per_micro_batch, args.recompute_layers
-    if not is_gpu(args.device):
+    if not on_gpu:
         tokens, layers = None if tokens == "auto" else tokens, "all" if layers == "auto" else layers
     count = {"auto": None, "all": 10**6}.get(layers, layers)
     if not args.gradient_checkpointing:

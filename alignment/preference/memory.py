@@ -67,6 +67,7 @@ class Plan:
     accumulates: whether gradients of an earlier micro-batch are there when one begins.
     whole_gradients: FSDP keeps gradients unsharded until the last micro-batch of a step (`no_sync`).
     device_type: "cuda" (TRL's head, attention by a fused kernel) or "cpu" (the head in tiles, attention segment by segment).
+    zero_bucket, zero_live: DeepSpeed's reduce_bucket_size and stage3_max_live_parameters, in elements.
     """
 
     config: PreTrainedConfig
@@ -84,6 +85,8 @@ class Plan:
     pair: Pair = field(default_factory=Pair)
     device_type: str = "cuda"
     liger: bool = False
+    zero_bucket: int = ZERO_BUCKET
+    zero_live: int = ZERO3_LIVE
 
     def __post_init__(self) -> None:
         problems = []
@@ -316,13 +319,13 @@ def zero_bytes(plan: Plan, weights: Weights) -> Held:
     width = weights.trained / max(weights.elements, 1)  # bytes of a trained parameter
     own = weights.elements / plan.processes
     states = 0.0 if plan.optimizer is None else own * (FULL_PRECISION + STATE_BYTES.get(plan.optimizer, 2 * FULL_PRECISION))
-    live = min(ZERO3_LIVE, weights.whole_elements) * weights.parameters / weights.whole_elements if third else 0.0
+    live = min(plan.zero_live, weights.whole_elements) * weights.parameters / weights.whole_elements if third else 0.0
     return Held(
         parameters=weights.parameters / (plan.processes if third else 1),
         gradients=width * own,
         earlier=width * own if plan.accumulates else 0.0,
         optimizer=states,
-        communication=ZERO_BUCKET * width + live,
+        communication=plan.zero_bucket * width + live,
         # The partition's gradients in float32, and the roots of its second moments.
         step=FULL_PRECISION * own * (1 if plan.optimizer in IN_PLACE else 2),
         gradient_share=1 / plan.processes,

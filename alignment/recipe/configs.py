@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 from ..errors import ConfigError, Problem, UserError
 from ..launch.launch import STRATEGIES, start_process_group
 from ..report.objective import Objective
+from .dry_run import DryRunArguments
 from .ranges import DTYPES, trainer_problems
 
 PREPROCESSING_MODES = ("published", "exact")
@@ -214,7 +215,7 @@ def is_share(share: Any) -> bool:
 
 
 @dataclass
-class RunArguments:
+class RunArguments(DryRunArguments):
     """Fields that every training method shares; a mix-in for subclasses of TrainingArguments."""
 
     preprocessing: Literal["published", "exact"] = field(
@@ -233,10 +234,14 @@ class RunArguments:
     )
     strategy: Literal["single", "ddp", "zero2", "zero3", "fsdp1", "fsdp2"] | None = field(
         default=None,
-        metadata={"help": "Stop unless the launcher divides the run so; null: as the launcher was told, which is checked too."},
+        metadata={
+            "help": "Stop unless the launcher divides the run so; null: as the launcher was told, which is checked too. With "
+            "dry_run: reckon with it."
+        },
     )
     num_processes: int | None = field(
-        default=None, metadata={"help": "Stop unless so many processes were launched; null: any number."}
+        default=None,
+        metadata={"help": "Stop unless so many processes were launched; null: any number. With dry_run: reckon with them."},
     )
 
     resume_from_checkpoint: str | None = field(
@@ -314,10 +319,11 @@ class RunArguments:
         problems = [*self.problems(), *self.batch_problems()]
         if problems:
             raise ConfigError(type(self).__name__, problems)
-        if self.prepare_only:  # a machine for it need not be able to train
+        if self.prepare_only or self.dry_run:  # a machine for it need not be able to train
             self.use_cpu = True
-            self.bf16 = self.fp16 = self.bf16_full_eval = self.fp16_full_eval = False
             self.tf32 = self.deepspeed = self.fsdp = None
+        if self.prepare_only:
+            self.bf16 = self.fp16 = self.bf16_full_eval = self.fp16_full_eval = False
         if os.environ.get("WORLD_SIZE", "1") == "1":
             self.ddp_backend = None  # of processes that talk to each other
         if self.total_train_batch_size is not None:
@@ -357,6 +363,7 @@ class RunArguments:
     def problems(self) -> list[Problem]:
         """What is wrong with the method's own fields; each method adds its own."""
         problems = [*choice_problem(self, "preprocessing", PREPROCESSING_MODES), *trainer_problems(self)]
+        problems += self.dry_run_problems()
         problems += choice_problem(self, "bad_rows", ("refuse", "drop"))
         problems += choice_problem(self, "on_save_failure", ("continue", "stop"))
         if self.save_dtype is not None:
@@ -423,8 +430,14 @@ class RunArguments:
 
     @property
     def rows_per_forward(self) -> int:
+        return self.per_device_train_batch_size * self.planned_processes
+
+    @property
+    def planned_processes(self) -> int:
+        if self.dry_run and self.num_processes is not None:
+            return self.num_processes
         # The launcher's variable, because TrainingArguments.world_size starts the process group.
-        return self.per_device_train_batch_size * int(os.environ.get("WORLD_SIZE", "1"))
+        return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 class Run(NamedTuple):

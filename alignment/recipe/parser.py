@@ -58,7 +58,7 @@ PATHS: dict[str, Callable[[str], str]] = {
     "chat_template": expanded_template,
     **dict.fromkeys(
         ("model_name_or_path", "tokenizer_name_or_path", "resume_from_checkpoint", "deepspeed", "fsdp_config",
-         "accelerator_config", "chat_template_path", "dataset_mixer"),
+         "accelerator_config", "chat_template_path", "dataset_mixer", "speed_of"),
         expanded_input,
     ),
 }  # fmt: skip
@@ -328,12 +328,14 @@ def settle(first: Setting, second: Setting) -> Setting:
 class H4ArgumentParser(HfArgumentParser):
     """Fills dataclasses from `[RECIPE.yaml] [--key=value ...]`; the command line beats the recipe.
 
-    After parse(), `recipe` maps every given key, under its present name, to its value of the declared type, and
-    `notices` has a line for every old spelling that was understood and for every value that a config remarks on.
+    After parse(), `recipe` maps every given key, under its present name, to its value of the declared type, `settings` to
+    that with where it was given; `notices` has a line for every old spelling that was understood and for every value that a
+    config remarks on, `lacks` one for all that only this machine is in the way of, where a dry run is asked for.
     """
 
     recipe: dict[str, Any]
     notices: list[str]
+    lacks: list[str]
 
     def __init__(self, dataclass_types: Iterable[type]):
         # Two dataclasses may share a field: trust_remote_code of ModelArguments and of TRL's configs.
@@ -356,7 +358,7 @@ class H4ArgumentParser(HfArgumentParser):
             self.exit()
         path, options = split_command_line(words)
         self.place = path or "the command line"
-        self.notices = []
+        self.notices, self.lacks = [], []
         self.complaints: list[str] = []
         # Keys whose value cannot be used: what is said about the defaults in their place would mislead.
         self.doubtful: set[str] = set()
@@ -364,7 +366,11 @@ class H4ArgumentParser(HfArgumentParser):
         settings |= self.accept(read_options(options, {*self.targets, *self.old_spellings}))
         objects = tuple(self.build(kind, settings) for kind in self.dataclass_types)
         self.settings, values = settings, self.values(settings)
-        self.complain([problem for check in checks for problem in check(values)], settings)
+        problems = [problem for check in checks for problem in check(values)]
+        if getattr(values, "dry_run", False):
+            self.lacks = [str(problem) for problem in problems if problem.is_local]
+            problems = [problem for problem in problems if not problem.is_local]
+        self.complain(problems, settings)
         if self.complaints:
             raise RecipeError(self.complaints)
         self.recipe = {key: setting.value for key, setting in settings.items()}

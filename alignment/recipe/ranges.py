@@ -160,9 +160,9 @@ def precision_problems(config: Any) -> Iterable[Problem]:
 
 
 def device_problems(config: Any) -> Iterable[Problem]:
-    """What a CPU cannot do. A machine that only prepares data need not."""
+    """What a CPU cannot do. Nor need a machine that trains nothing."""
     on_cpu = config.use_cpu or not torch.accelerator.is_available()
-    if config.prepare_only or not on_cpu:
+    if config.prepare_only or config.dry_run or not on_cpu:
         return
     if config.ddp_backend not in (None, "gloo"):
         yield Problem("ddp_backend", config.ddp_backend, "processes on a CPU talk by gloo; remove it")

@@ -42,14 +42,16 @@ def rehearse(values: SimpleNamespace) -> list[Problem]:
         problems.append(Problem("num_train_epochs", values.num_train_epochs, "a run of no epoch would train nothing"))
     for key, config in {"fsdp": "fsdp2.yaml", "deepspeed": "deepspeed_zero3.yaml"}.items():
         is_launched = os.environ.get("WORLD_SIZE", "1") != "1" or (key == "deepspeed" and "LOCAL_RANK" in os.environ)
-        if getattr(values, key) and not (is_launched or values.prepare_only):
+        if getattr(values, key) and not (is_launched or values.prepare_only or values.dry_run):
             advice = f"divides a model among processes, and one was launched; launch with accelerate_configs/{config} instead"
             problems.append(Problem(key, getattr(values, key), advice))
     problems += attention_problems(values.attn_implementation)
     if values.fsdp_config and not values.fsdp:
         problems.append(Problem("fsdp_config", values.fsdp_config, "is read with fsdp alone; remove it"))
     if values.use_liger_kernel and not is_liger_kernel_available():
-        problems.append(Problem("use_liger_kernel", True, "the package is not installed: pip install liger-kernel"))
+        problems.append(
+            Problem("use_liger_kernel", True, "the package is not installed: pip install liger-kernel", is_local=True)
+        )
     if isinstance(values.lr_scheduler_kwargs, str):
         advice = 'must be a mapping such as {"min_lr": 1e-8}'
         return [*problems, Problem("lr_scheduler_kwargs", values.lr_scheduler_kwargs, advice)]
@@ -81,8 +83,10 @@ def optimizer_problems(values: SimpleNamespace) -> Iterable[Problem]:
         if name.startswith(LOW_RANK) and not isinstance(error, ImportError):
             return
         key = "optim_args" if values.optim_args and is_possible(values, optim_args=None) else "optim"
+        # transformers also says so in a ValueError.
+        is_local = isinstance(error, ImportError) or "not installed" in str(error) or "pip install" in str(error)
         usage = "; expected name=value, several with commas" if "unpack" in str(error) else ""
-        yield Problem(key, text(getattr(values, key)), f"cannot be used: {one_line(error)}{usage}")
+        yield Problem(key, text(getattr(values, key)), f"cannot be used: {one_line(error)}{usage}", is_local)
         return
     ignored = [entry for entry in (values.optim_args or "").replace(" ", "").split(",") if entry and is_ignored(entry, values)]
     if ignored:

@@ -23,6 +23,7 @@ from .checkpoints import (
     undo_replacement,
     verify,
 )
+from .run_folder import read_status
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +37,8 @@ END_FILES = (
 # Keys that leave the trained weights alone; anything else that differs makes another run.
 HARMLESS = (
     "logging_", "log_", "save_", "on_save_failure", "hub_", "push_to_hub", "report_to", "run_name", "disable_tqdm",
-    "output_dir", "resume_from_checkpoint", "trust_checkpoint", "prepare_only", "preprocessing_num_workers",
+    "output_dir", "resume_from_checkpoint", "trust_checkpoint", "prepare_only", "dry_run", "show_row", "gpu_memory",
+    "tokens_per_second", "speed_of", "gpu_price", "preprocessing_num_workers",
     "dataset_num_proc", "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers",
     "dataloader_prefetch_factor", "eval_", "do_", "per_device_eval_batch_size", "ddp_timeout", "skip_nonfinite",
     "score_step_0", "train_probe",
@@ -132,6 +134,39 @@ def set_aside_end(output_dir: Path) -> Path | None:
     for path in files:
         path.rename(folder / path.name)
     return folder
+
+
+def holds_end(output_dir: Path) -> bool:
+    """Whether the folder holds the end of a run."""
+    status = read_status(output_dir)
+    return bool(status and status["state"] == "finished") and any(output_dir.glob("*.safetensors"))
+
+
+def outlook(output_dir: Path, choice: str | None, recipe: dict[str, Any], processes: int, rows_per_step: int) -> str:
+    """What a run would make of its folder, in words, without touching it; a checkpoint's bytes are not read.
+
+    Raises UserError where another recipe's run is there, or nothing that can be resumed.
+    """
+    found = numbered(output_dir)
+    if choice in AFRESH:
+        return "starts afresh; the run that is there is set aside" if found or holds_end(output_dir) else "starts afresh"
+    if holds_end(output_dir):
+        refuse_other_recipe(Checkpoint(output_dir, read_status(output_dir)), recipe, processes, rows_per_step)
+        return "holds the end of this run: nothing is left to do"
+    paths = [found[step] for step in sorted(found, reverse=True)] if choice in AUTOMATIC else [Path(choice)]
+    for path in paths:
+        try:
+            facts = json.loads(read_manifest(path)["body"])
+        except Damaged:
+            continue
+        refuse_other_recipe(Checkpoint(path, facts), recipe, processes, rows_per_step)
+        return f"goes on from {path}, step {facts['step']:,}"
+    if paths:
+        raise UserError(
+            f"resume_from_checkpoint = {choice!r}: no whole checkpoint is at {paths[0]}; name another, or start afresh with "
+            "--resume_from_checkpoint=never"
+        )
+    return "starts there"
 
 
 # ---- Refusing ----

@@ -47,8 +47,11 @@ def folder_problems(values: SimpleNamespace) -> list[Problem]:
     output_dir = Path(values.output_dir or "trainer_output")
     if values.prepare_only:
         return cache_problems(values)
-    advice = no_name(output_dir) or inputs_there(output_dir, values) or foreign_files(output_dir) or unwritable(output_dir)
-    return [*([Problem("output_dir", str(output_dir), advice)] if advice else []), *cache_problems(values)]
+    advice = no_name(output_dir) or inputs_there(output_dir, values) or foreign_files(output_dir)
+    problems = [Problem("output_dir", str(output_dir), advice)] if advice else []
+    if not problems and (unwritable_here := unwritable(output_dir)):
+        problems = [Problem("output_dir", str(output_dir), unwritable_here, is_local=True)]
+    return [*problems, *cache_problems(values)]
 
 
 def no_name(folder: Path) -> str | None:

@@ -1,4 +1,4 @@
-"""SIGTERM, SIGUSR1, SIGHUP and Ctrl-C: asked to stop, a run stops where nothing is lost."""
+"""SIGTERM, SIGUSR1, SIGUSR2, SIGHUP and Ctrl-C: asked to stop, a run stops where nothing is lost."""
 
 import os
 import signal
@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader
 
 from ..errors import TrainingStopped
 
-# The scheduler's end, SLURM's warning before it, Ctrl-C, a terminal that is closed.
-STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+# The scheduler's end, SLURM's warnings before it (submitit's is USR2), Ctrl-C, a terminal that is closed.
+STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
 FOR_THE_TERMINAL = (signal.SIGINT, signal.SIGHUP)  # not for a run that nohup, or a script's &, has made deaf to them
 
 
@@ -70,7 +70,7 @@ def start_loader_worker(seed: Callable[[int], None] | None, number: int) -> None
 
     A scheduler signals all processes. The run goes on to the end of its step and needs its workers, which end with it.
     """
-    for stopping in (signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
+    for stopping in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP):
         signal.signal(stopping, signal.SIG_IGN)
     # A process that exits sends SIGTERM to the workers it has left, and waits for them: ignored, it would wait for ever.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

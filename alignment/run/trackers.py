@@ -55,10 +55,10 @@ def tracker_problems(values: SimpleNamespace) -> list[Problem]:
     """What keeps a named tracker from recording this run, as far as it can be told before the run."""
     names = named_trackers(values.report_to)
     asked = [] if values.prepare_only else without_disabled(names)
-    advice = [reason for name in asked for reason in reasons_against(name, values)]
+    advice = [(reason, name in INTEGRATION_TO_CALLBACK) for name in asked for reason in reasons_against(name, values)]
     if "none" in names:
-        advice = ["none stands alone; remove it, or the names beside it"]
-    problems = [Problem("report_to", values.report_to, reason) for reason in advice]
+        advice = [("none stands alone; remove it, or the names beside it", False)]
+    problems = [Problem("report_to", values.report_to, reason, is_local) for reason, is_local in advice]
     if "trackio" not in names:
         told = {"wandb": "export WANDB_PROJECT=... for wandb", "mlflow": "export MLFLOW_EXPERIMENT_NAME=... for MLflow"}
         ways = ", ".join(way for name, way in told.items() if name in names)
@@ -75,6 +75,8 @@ def reasons_against(name: str, values: SimpleNamespace) -> Iterable[str]:
         return [f"there is no tracker called {name!r} ({meant})"]
     if name not in get_available_reporting_integrations():
         return [f"{name} is not installed: pip install {PACKAGES.get(name, name)}"]
+    if values.dry_run:  # keys and servers are those of the machine that trains
+        return []
     reason = REASONS[name](values) if name in REASONS else None
     return [reason] if reason else []
 

@@ -34,7 +34,7 @@ ORDER = {
         "review.page",
     ],
     "launch": ["opening", "launch", "strategy", "turns"],
-    "recipe": ["values", "ranges", "parser", "idle", "rehearsal", "configs"],
+    "recipe": ["values", "ranges", "parser", "idle", "rehearsal", "dry_run", "configs"],
     "model": [
         "tokenizer_files",
         "config_files",
@@ -84,7 +84,34 @@ ORDER = {
         "trainer",
     ],
     "leaving": [],
+    "preflight": [
+        "settings",
+        "rows",
+        "shown",
+        "lengths",
+        "steps",
+        "model",
+        "memory",
+        "disk",
+        "pitfalls",
+        "report",
+        "dry_run",
+    ],
     "pipeline": [],
+    "ablation": [
+        "matrix",
+        "cells",
+        "checks",
+        "process",
+        "cluster",
+        "outcomes",
+        "decisions",
+        "results",
+        "deciding",
+        "running",
+        "page",
+        "experiment",
+    ],
 }
 CODE_FOLDERS = ("alignment", "scripts", "on_policy_data_gen", "eval", "benchmarks")
 
@@ -198,6 +225,10 @@ def test_a_file_in_a_folder_of_a_wing_does_not_import_one_behind_it():
     source = "from .page import write\nfrom .pairs import Pairs\nfrom ...errors import UserError"
     climbing = climbing_imports(source, "alignment.report.review", "alignment.report.review.signals")
     assert climbing == ["alignment.report.review.page", "alignment.report.review.page.write"]
+
+
+def test_only_the_jobs_of_a_cluster_import_submitit():
+    assert importers("submitit") == ["alignment/ablation/cluster.py"]
 
 
 def test_only_the_decoder_imports_vllm():

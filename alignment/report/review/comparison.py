@@ -1,6 +1,6 @@
 """Several runs on the held-out pairs that they share, paired, by d and by each run's own reward."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -113,13 +113,17 @@ def compare(first: Reading, second: Reading, *, single_seeds: bool = True) -> Co
     )
 
 
-def compare_all(runs: Sequence[Reading]) -> list[Comparison]:
-    """Every two runs that share pairs, with Holm's correction over them; runs of one cell are its spread, and not compared."""
+def compare_all(runs: Sequence[Reading], couples: Collection[tuple[str, str]] | None = None) -> list[Comparison]:
+    """Every two runs that share pairs, with Holm's correction over them; runs of one cell are its spread, and not compared.
+
+    couples: names of those that are to be compared, in the order of the runs; None: all.
+    """
     cells = [run.cell for run in runs]
     found = [
         comparison
         for first, second in combinations(runs, 2)
         if first.cell is None or first.cell != second.cell
+        if couples is None or (first.name, second.name) in couples
         if (comparison := compare(first, second, single_seeds=is_single(cells, first, second)))
     ]
     by_d, by_reward = (holm([getattr(each, name).change.p for each in found]) for name in ("by_d", "by_reward"))

@@ -1,6 +1,6 @@
 """review.md and one self-contained report.html: no script, nothing from a network."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,10 +56,11 @@ class Review(NamedTuple):
     delta: float
 
 
-def review(runs: Sequence[Reading], delta: float = DELTA) -> Review:
+def review(runs: Sequence[Reading], delta: float = DELTA, couples: Collection[tuple[str, str]] | None = None) -> Review:
+    """couples: names of the runs that are compared with each other; None: every two."""
     signals = [run.signals() for run in runs]
     verdicts = [verdict_of(each, delta) for each in signals]
-    return Review(runs, signals, verdicts, compare_all(runs), cells_of(runs), delta)
+    return Review(runs, signals, verdicts, compare_all(runs, couples), cells_of(runs), delta)
 
 
 def in_words(found: Review) -> str:

@@ -22,7 +22,7 @@ ON_POLICY = RECIPE_FOLDER / "on-policy"  # recipes of no training: tests/unit/on
 RECIPES = sorted(
     path.relative_to(RECIPE_FOLDER).with_suffix("").as_posix()
     for path in RECIPE_FOLDER.rglob("*.yaml")
-    if path.parent != ON_POLICY
+    if path.parent not in (ON_POLICY, RECIPE_FOLDER / "ablations")  # matrices
 )
 LAUNCHER_CONFIGS = sorted(path.name for path in (ROOT / "accelerate_configs").glob("*.yaml"))
 CONFIG_CLASSES = {

@@ -20,8 +20,9 @@ from tests.methods import METHODS
 
 SIMPO = Method(config=SimPOConfig, trainer=SimPOTrainer, data=PAIRS)
 SFT = Method(config=SFTConfig, trainer=SFTTrainer, data=CONVERSATIONS)
-TRAINING = Path(__file__).parents[3] / "training_configs"
-RECIPES = sorted(path for path in TRAINING.rglob("*.yaml") if path.parent.name != "on-policy")
+FOLDER = Path(__file__).parents[3] / "training_configs"
+NO_TRAINING = ("ablations", "on-policy")
+RECIPES = sorted(path for path in FOLDER.rglob("*.yaml") if path.parent.name not in NO_TRAINING)
 EVALUATES = ("--eval_strategy=steps", "--eval_steps=2")
 
 

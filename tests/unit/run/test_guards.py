@@ -512,8 +512,10 @@ def test_an_error_on_one_of_two_processes_ends_the_job_soon_and_is_shown_last(re
 def test_a_users_mistake_on_two_processes_is_said_once_and_in_the_launchers_summary(recipe, tmp_path):
     done, _ = launch_two(recipe, tmp_path, "none", "--dataloader_drop_last=true", "--per_device_train_batch_size=9")
     assert done.returncode != 0
-    place = "error: --dataloader_drop_last=true: "
-    message = f"{place}dataloader_drop_last = True: 16 training rows are less than one batch of 18 (of all processes)"
+    message = (
+        "error: --dataloader_drop_last=true: dataloader_drop_last = True: 16 training rows are less than one batch of 18 (of "
+        "all processes)"
+    )
     assert done.stderr.count(f"\n{message}") == 1
     assert message in "\n".join(done.stderr.splitlines()[-30:])
     assert 'Traceback (most recent call last):\n  File "' + str(recipe.parent) not in done.stderr

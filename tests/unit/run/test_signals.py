@@ -17,7 +17,7 @@ import torch
 from alignment.errors import TrainingStopped, UserError
 from alignment.run.signals import FOR_THE_TERMINAL, STOPPING, RunInterrupted, StopSignals, outlast_signals
 
-TERM, USR1, INT, HUP = STOPPING
+TERM, USR1, USR2, INT, HUP = STOPPING
 each_signal = pytest.mark.parametrize("number", STOPPING, ids=lambda number: number.name)
 
 
@@ -27,7 +27,7 @@ def send(*numbers: signal.Signals) -> None:
 
 
 def test_the_ends_that_schedulers_and_users_ask_for_are_listened_to():
-    assert [number.name for number in STOPPING] == ["SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP"]
+    assert [number.name for number in STOPPING] == ["SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT", "SIGHUP"]
 
 
 @each_signal
@@ -131,6 +131,7 @@ def exit_code(function: Callable[[], None]) -> int:
         ([TERM, TERM, TERM], 7),
         ([TERM, INT], 7),
         ([USR1, TERM], 7),
+        ([USR2, USR1], 7),
     ],
     ids=lambda value: "+".join(number.name for number in value) if isinstance(value, list) else None,
 )

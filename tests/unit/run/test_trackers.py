@@ -20,7 +20,7 @@ from alignment.run.trackers import (
 
 
 def problems(report_to, **values) -> list[str]:
-    defaults = {"prepare_only": False, "project": "huggingface", "output_dir": "run"}
+    defaults = {"prepare_only": False, "dry_run": False, "project": "huggingface", "output_dir": "run"}
     defaults |= dict.fromkeys(("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"))
     return [str(problem) for problem in tracker_problems(SimpleNamespace(**defaults | {"report_to": report_to} | values))]
 

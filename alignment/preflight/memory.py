@@ -1,0 +1,180 @@
+"""Memory of each device: a recipe as the estimate asks for it, its largest and its usual micro-batch, and what would fit."""
+
+import importlib.util
+import math
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from datasets import Dataset
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as LORA_DEFAULTS
+from transformers import PreTrainedConfig
+
+from ..data.prepare import pair_tokens
+from ..model.adapter_checks import bits_of
+from ..model.adapters import continues
+from ..model.loading import find_adapter
+from ..preference.configs import PairConfig
+from ..preference.division import Division, Wish, fastest
+from ..preference.fitting import asked_for
+from ..preference.memory import CONTEXT_GIB, GIB, Lora, MemoryModel, Pair, Peak, Plan
+from ..recipe.configs import ModelArguments
+from .model import Skeleton
+
+CARDS = (24, 48, 80, 141)  # GiB of the GPUs that are in use
+MOST_TOKENS = 2**20  # of a micro-batch that are asked about
+
+
+class MicroBatch(NamedTuple):
+    """Of one device: tokens that are computed, padding included, those that are scored, and the peak."""
+
+    tokens: int
+    scored: int
+    peak: Peak
+
+
+class Fit(NamedTuple):
+    """On a card of so many GiB: the division that a run would choose or the recipe names, None if it does not fit there."""
+
+    gib: float
+    division: Division | None
+    largest: int  # tokens of the largest micro-batch that should fit, every layer recomputed where the recipe allows it
+    peak: Peak | None
+
+
+class Memory(NamedTuple):
+    """What a run needs on each device. context: GiB, from and to, that the GPU's own libraries take: a guess."""
+
+    plan: Plan
+    layers: int
+    division: Division
+    reason: str  # "chosen" by the run for its GPU; the "least" of all, where none is known or nothing fits; or "given"
+    longest: MicroBatch
+    usual: MicroBatch
+    fits: list[Fit]
+    context: tuple[float, float]
+
+
+class Sizes(NamedTuple):
+    """Tokens of every training pair as its layout computes them, and of these the scored ones; both (rows,)."""
+
+    tokens: np.ndarray
+    scored: np.ndarray
+
+    @property
+    def scored_share(self) -> float:
+        return float(self.scored.sum() / self.tokens.sum())
+
+
+def plan_of(
+    args: PairConfig, model_args: ModelArguments, skeleton: Skeleton, meant: Mapping[str, Any], strategy: str, rows: Dataset
+) -> Plan:
+    """The run as the estimate asks for it, without its model. Raises UserError for an adapter without layers."""
+    on_gpu, packed = not meant["use_cpu"], skeleton.why_padded is None
+    by_tokens, _ = asked_for(args, on_gpu=on_gpu)
+    compute = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+    attention = skeleton.attention
+    if on_gpu and packed and attention == "eager" and args.pair_layout != "packed":
+        attention = "flex_attention"  # what computes eager's arithmetic there
+    optimizer = str(getattr(args.optim, "value", args.optim))
+    if on_gpu and optimizer == "adamw_torch":
+        optimizer = "adamw_torch_fused"  # as the run does
+    middle = {name: int(np.median(rows[name])) for name in ("chosen_prompt_length", "chosen_length", "rejected_length")}
+    return Plan(
+        config=skeleton.config.get_text_config(),
+        dtype=skeleton.dtype,
+        compute_dtype=compute,
+        strategy=strategy,
+        processes=args.planned_processes,
+        lora=lora_of(model_args, skeleton.config),
+        quantised=bits_of(model_args, skeleton.config),
+        optimizer=optimizer,
+        accumulates=args.gradient_accumulation_steps > 1 or by_tokens,
+        layout="packed" if packed else "padded",
+        attention=attention,
+        pair=Pair(*(max(length, 1) for length in middle.values())),
+        device_type="cuda" if on_gpu else "cpu",
+        liger=uses_liger(meant),
+    )
+
+
+def uses_liger(meant: Mapping[str, Any]) -> bool:
+    """As the run decides, by what is installed where this is asked."""
+    installed = not meant["use_cpu"] and importlib.util.find_spec("liger_kernel") is not None
+    return bool(installed if meant["use_liger_kernel"] is None else meant["use_liger_kernel"])
+
+
+def lora_of(model_args: ModelArguments, config: PreTrainedConfig) -> Lora | None:
+    if not model_args.use_peft:
+        return None
+    adapter = find_adapter(model_args)
+    if adapter is not None and continues(model_args, config):
+        old = adapter.config
+        return Lora(old.r, tuple(sorted(old.target_modules)), tuple(old.modules_to_save or ()))
+    targets = model_args.lora_target_modules or sorted(LORA_DEFAULTS[config.model_type])
+    return Lora(model_args.lora_r, tuple(targets), tuple(model_args.lora_modules_to_save or ()))
+
+
+def sizes_of(rows: Dataset, plan: Plan, *, scores_prompt: bool) -> Sizes:
+    names = ["chosen_prompt_length", "chosen_length", "rejected_length", "length"]
+    table = rows.select_columns(names).with_format("numpy")[:]
+    scored = table["chosen_length"] + table["rejected_length"] + scores_prompt * table["chosen_prompt_length"]
+    return Sizes(pair_tokens(rows) if plan.layout == "packed" else 2 * table["length"], scored)
+
+
+def memory_of(model: MemoryModel, args: PairConfig, sizes: Sizes, parameters: int, gpu_memory: float | None) -> Memory:
+    """The run's micro-batches on `gpu_memory` GiB, and what would fit on that and on other cards.
+
+    Without gpu_memory, and where nothing fits, the smallest division: the longest pair alone, every layer recomputed.
+    """
+    plan, layers = model.plan, model.layers
+    by_tokens, wish = asked_for(args, on_gpu=plan.device_type == "cuda")
+    context = CONTEXT_GIB if plan.device_type == "cuda" else (0, 0)
+    rows, longest = args.per_device_train_batch_size * args.gradient_accumulation_steps, int(sizes.tokens.max())
+    mean_step = float(sizes.tokens.mean()) * rows
+    recomputed = layers if wish.recompute_layers is None else min(wish.recompute_layers, layers)
+    smallest = Division(wish.max_tokens or longest if by_tokens else batch_tokens(sizes, args, plan), recomputed)
+    choose = partial(
+        fastest,
+        wish=wish if by_tokens else Wish(smallest.max_tokens, wish.recompute_layers),
+        layers=layers, parameters=parameters, longest=longest, step_tokens=int(mean_step * 1.5),
+    )  # fmt: skip
+
+    def micro_batch(tokens: int, division: Division) -> MicroBatch:
+        scored = round(tokens * sizes.scored_share)
+        return MicroBatch(tokens, scored, model.peak(tokens, scored, division.recompute_layers))
+
+    def fit_on(gib: float) -> Fit:
+        largest = partial(model.largest, (gib - context[1]) * GIB, scored_share=sizes.scored_share, most=MOST_TOKENS)
+        division = choose(largest)
+        peak = None if division is None else micro_batch(division.max_tokens, division).peak
+        return Fit(gib, division, largest(recomputed), peak)
+
+    cards = {*(CARDS if plan.device_type == "cuda" else ()), *([] if gpu_memory is None else [gpu_memory])}
+    fits = [fit_on(gib) for gib in sorted(cards)]
+    chosen = next((fit.division for fit in fits if fit.gib == gpu_memory), None)
+    division = chosen or smallest
+    usual = round(mean_step / math.ceil(mean_step / division.max_tokens)) if by_tokens else usual_batch(sizes, args, plan)
+    most = int(np.sort(sizes.tokens)[-rows:].sum()) if by_tokens else division.max_tokens
+    is_open = wish.recompute_layers is None or (by_tokens and wish.max_tokens is None)
+    return Memory(
+        plan, layers, division, "given" if not is_open else "least" if chosen is None else "chosen",
+        micro_batch(min(division.max_tokens, most), division), micro_batch(usual, division), fits, context,
+    )  # fmt: skip
+
+
+def batch_tokens(sizes: Sizes, args: PairConfig, plan: Plan) -> int:
+    """Of a fixed count of the longest pairs; padded ones are all as long as the longest."""
+    longest = np.sort(sizes.tokens)[-args.per_device_train_batch_size :]
+    return int(longest.sum() if plan.layout == "packed" else len(longest) * longest.max())
+
+
+def usual_batch(sizes: Sizes, args: PairConfig, plan: Plan) -> int:
+    """Of a fixed count of pairs, by chance: packed, their mean; padded, the mean of the longest of so many."""
+    count = args.per_device_train_batch_size
+    if plan.layout == "packed":
+        return round(count * float(sizes.tokens.mean()))
+    drawn = np.random.default_rng(0).choice(sizes.tokens, (1000, count))
+    return round(count * float(drawn.max(axis=1).mean()))
