@@ -1,6 +1,5 @@
 """One run, whatever the method: parse, check, load, train, save, evaluate, record."""
 
-import errno
 import logging
 import os
 import sys
@@ -38,7 +37,7 @@ from .recipe.parser import Check, H4ArgumentParser, full_recipe
 from .recipe.rehearsal import loading_problems, metric_problem, rehearse
 from .run.checkpoints import Checkpoint, Identity
 from .run.durable import TRAINER_STATE, DurableTrainer, EvaluationCut
-from .run.failures import record_crash, report
+from .run.failures import DISK_FULL, record_crash, report
 from .run.hub import bounded, check_hub, push_run, repository_name
 from .run.output import outlast_readers
 from .run.records import RunRecords, write_jsonl, write_run_folder
@@ -57,7 +56,6 @@ from .run.signals import RunInterrupted, StopSignals
 from .run.trackers import close_trackers, tracker_problems, watch_trackers, without_disabled
 
 logger = logging.getLogger(__name__)
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ from .configs import PolicyArguments, PromptArguments, path_problems, refuse
 from .engines import check_engine, open_engine
 from .in_process import TransformersEngine
 from .prompts import prompt_of, read_prompts
-from .responses import stage_settings
+from .responses import sample, stage_settings
 from .sampling import make_requests, policy_tokenizer, positions, sampling_of
-from .stages import finish, share, stage, write_lines
+from .stages import finish, stage, write_lines
 
 
 @dataclass
@@ -66,9 +66,7 @@ def answer_file(policy: PolicyArguments, args: GenerateArguments) -> None:
         if missing:
             engine = open_engine(policy, tokenizer, sampling)
             try:
-                answers = (answer._asdict() for answer in engine.answers(share(missing), args.seed))
-                rows = ({"prompt_id": answer.pop("id"), **answer} for answer in answers)
-                begun.keep(rows, done=len(done), total=len(requests), what="Generating")
+                sample(begun, engine, missing, args.seed, total=len(requests), what="Generating")
             finally:
                 engine.close()
 

@@ -1,6 +1,5 @@
 """What the entry points share: arguments in, one message and an exit status out."""
 
-import errno
 import logging
 import os
 import sys
@@ -15,13 +14,12 @@ from accelerate import PartialState
 from alignment.errors import TrainingStopped, UserError
 from alignment.launch.launch import start_process_group
 from alignment.recipe.parser import H4ArgumentParser
-from alignment.run.failures import record_crash, report
+from alignment.run.failures import DISK_FULL, record_crash, report
 from alignment.run.output import outlast_readers
 from alignment.run.signals import RunInterrupted
 
 # Processes wait for the slowest, whatever it has to do, and a launcher ends them all where one fails.
 PATIENCE = timedelta(days=7)
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 AGAIN = "What is finished is kept; the same command goes on."
 
 

@@ -18,6 +18,7 @@ from transformers import (
 
 from alignment.errors import TrainingStopped
 from alignment.model.adapters import load_to_use
+from alignment.model.config_files import whole_model
 
 from .configs import PolicyArguments
 from .sampling import Answer, Request, Sampling, row_seed
@@ -46,8 +47,7 @@ class TransformersEngine:
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sampling: Sampling, *, batch_size: int):
         self.model, self.tokenizer, self.sampling, self.batch_size = model, tokenizer, sampling, batch_size
         # generate() fills what a call leaves open with the model's own settings, its temperature for one.
-        owner = model.get_base_model() if hasattr(model, "get_base_model") else model
-        owner.generation_config = GenerationConfig(
+        whole_model(model).generation_config = GenerationConfig(
             do_sample=False, eos_token_id=sampling.stop_ids, pad_token_id=tokenizer.pad_token_id
         )
 

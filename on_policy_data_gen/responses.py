@@ -17,7 +17,7 @@ from alignment.run.run_folder import today
 from .configs import PolicyArguments, PromptArguments
 from .engines import check_engine, open_engine
 from .prompts import Prompt, as_published, read_prompts
-from .sampling import Request, Sampling, make_requests, policy_tokenizer, positions, sampling_of
+from .sampling import Engine, Request, Sampling, make_requests, policy_tokenizer, positions, sampling_of
 from .stages import FOLDER, Stage, finish, read_record, share, stage, write_rows
 
 logger = logging.getLogger(__name__)
@@ -54,14 +54,19 @@ def decode(prompt_args: PromptArguments, policy_args: PolicyArguments, seeds: Se
                 if missing and engine is None:
                     engine = open_engine(policy_args, tokenizer, sampling)
                 if missing:
-                    answers = (answer._asdict() for answer in engine.answers(share(missing), seed))
-                    rows = ({"prompt_id": answer.pop("id"), **answer} for answer in answers)
-                    begun.keep(rows, done=len(done), total=len(requests), what=f"Sampling, seed {seed}")
+                    sample(begun, engine, missing, seed, total=len(requests), what=f"Sampling, seed {seed}")
                 finish(begun, lambda: write_responses(final, begun, prompts, requests))  # noqa: B023 (called before the next)
                 logger.info("%s: %s responses.", final, f"{len(requests):,}")
     finally:
         if engine is not None:
             engine.close()
+
+
+def sample(begun: Stage, engine: Engine, missing: Sequence[Request], seed: int, *, total: int, what: str) -> None:
+    """This process's share of what is missing, each answer kept as it comes. total: of all requests, for the progress bar."""
+    answers = (answer._asdict() for answer in engine.answers(share(missing), seed))
+    rows = ({"prompt_id": answer.pop("id"), **answer} for answer in answers)
+    begun.keep(rows, done=total - len(missing), total=total, what=what)
 
 
 def stage_settings(

@@ -1,6 +1,7 @@
 """Fixtures of every test: no network, no cache of the user's, one thread, tokenizers made here."""
 
 import os
+import signal
 
 # Read when the libraries are imported.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -22,6 +23,13 @@ hypothesis.settings.load_profile("suite")
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ears():
+    """Signals as in a terminal, for tests and what they start: nohup, and a script's &, have a process ignore these."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -18,13 +18,12 @@ from accelerate.commands.config.config_args import load_config_from_file
 from ..errors import Problem, UserError
 from ..pipeline import Method, recipe_checks
 from ..recipe.configs import DataArguments, ModelArguments, RunArguments
-from ..recipe.parser import RENAMED, SWITCHES, Check, H4ArgumentParser, RecipeError, full_recipe
+from ..recipe.parser import Check, H4ArgumentParser, RecipeError, full_recipe
 from ..run.resuming import DIVISION, HARMLESS, recipe_differences
 from ..run.run_folder import read_status
 from .cells import Cell
 from .matrix import Axis, Launch, Matrix
 
-SPELLINGS = RENAMED | {key: present for key, (present, _) in SWITCHES.items()}
 OF_THE_CELL = ("output_dir", "run_name", "logging_dir")  # differ between cells, and change nothing
 DATA = tuple(each.name for each in fields(DataArguments) if each.name != "preprocessing_num_workers")
 LENGTHS = {"max_length": "length_limit", "max_prompt_length": "prompt_limit"}  # key -> what a config makes of it
@@ -176,7 +175,7 @@ def some_of(names: Sequence[str]) -> str:
 def incomparable(axes: Sequence[Axis], parsed: Sequence[Parsed]) -> Iterable[str]:
     """Where cells differ in what no axis is about."""
     for what, keys in COMMON.items():
-        asking = [axis.name for axis in axes if asks_for(axis, keys)]
+        asking = [axis.name for axis in axes if axis.asks_for(*keys)]
         groups: dict[tuple, list[Parsed]] = defaultdict(list)
         for each in parsed:
             groups[tuple(each.cell.values[name] for name in asking)].append(each)
@@ -190,11 +189,6 @@ def incomparable(axes: Sequence[Axis], parsed: Sequence[Parsed]) -> Iterable[str
                     "in settings, or in every value of one axis"
                 )
                 break
-
-
-def asks_for(axis: Axis, keys: Iterable[str]) -> bool:
-    """Whether an axis is about one of these, in whatever spelling."""
-    return all({SPELLINGS.get(key, key) for key in value.keys} & set(keys) for value in axis.values)
 
 
 def equal(parsed: Sequence[Parsed]) -> Iterable[str]:

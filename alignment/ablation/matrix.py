@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..recipe.parser import Given, RecipeError, closest, read_recipe, suggestion
+from ..recipe.parser import RENAMED, SWITCHES, Given, RecipeError, closest, read_recipe, suggestion
 from ..recipe.values import Doubtful, Mismatch, expanded
 
 KEYS = ("base", "settings", "method", "axes", "one_at_a_time", "fallback", "launch", "output_dir")
@@ -19,6 +19,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*$")
 # What tells the folder of one cell from another's is no axis.
 RESERVED = ("output_dir", "prepare_only", "resume_from_checkpoint")
 METHOD = "method"
+SPELLINGS = RENAMED | {key: present for key, (present, _) in SWITCHES.items()}
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,8 @@ class Axis:
     values: tuple[Value, ...]
 
     def asks_for(self, *keys: str) -> bool:
-        """Whether the axis is about one of `keys`: every value sets one of them."""
-        return all(value.keys.keys() & set(keys) for value in self.values)
+        """Whether the axis is about one of `keys`: every value sets one of them, in whatever spelling."""
+        return all({SPELLINGS.get(key, key) for key in value.keys} & set(keys) for value in self.values)
 
 
 @dataclass(frozen=True)

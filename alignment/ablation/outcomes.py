@@ -10,6 +10,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from ..run.guards import NonFiniteStep
+from ..run.resuming import holds_end
 from ..run.run_folder import LOCK_FILE, read_status
 from .cells import Cell
 
@@ -38,7 +39,7 @@ def outcome_of(cell: Cell) -> Outcome:
     if status is None:
         return Outcome(WAITING)
     state, reason = status["state"], one_line(status.get("reason", ""))
-    if state == "finished" and any(cell.run.glob("*.safetensors")):
+    if holds_end(cell.run):
         return Outcome(FINISHED)
     if state == "failed":
         return Outcome(NOT_FINITE if status.get("error") == NonFiniteStep.__name__ else FAILED, reason)

@@ -5,7 +5,7 @@ import textwrap
 from collections.abc import Sequence
 
 from ..report.review.figures import NONE, Table
-from ..report.review.page import Page, Section, html, markdown, page_of, review
+from ..report.review.page import Page, Section, page_of, review, write
 from .cells import Cell
 from .deciding import State, compared_axes
 from .decisions import Decision
@@ -26,13 +26,8 @@ NOTE = (
 
 def write_pages(state: State, decisions: Sequence[Decision]) -> str:
     """ablation.md and ablation.html in the experiment's folder, each whole or not there. Returns what the terminal shows."""
-    folder, page = state.matrix.output_dir, page_of_experiment(state, decisions)
-    paths = []
-    for name, text in (("ablation.md", markdown(page)), ("ablation.html", html(page))):
-        path, staged = folder / name, folder / f".{name}.new"
-        staged.write_text(text, encoding="utf-8")
-        staged.replace(path)
-        paths.append(path)
+    page = page_of_experiment(state, decisions)
+    paths = write(page, state.matrix.output_dir, ("ablation.md", "ablation.html"))
     return "\n".join([aligned([SHORT, *rows_of(state)]), "", *in_words(decisions), "", *map(str, paths)])
 
 

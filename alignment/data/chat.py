@@ -313,15 +313,10 @@ def bos_faults(texts: dict[str, str], given: Turns, tokenizer: PreTrainedTokeniz
     bos = tokenizer.bos_token
     if bos is None or bos == tokenizer.eos_token or any(bos in turn["content"] for turn in given):
         return
-    opens_turns = bos_opens_turns(tokenizer, str(tokenizer.chat_template))
     for column, text in texts.items():
-        count = text.count(bos)
-        if bos + bos in text or (not opens_turns and (count > 1 or (count == 1 and not opens(column, text, bos)))):
+        own = text.removeprefix(bos) if column == "prompt" else text
+        if bos in own and (bos + bos in text or not bos_opens_turns(tokenizer, str(tokenizer.chat_template))):
             yield Finding(SECOND_BOS, f"{column} has {bos!r} elsewhere than at its beginning: {text[:60]!r}")
-
-
-def opens(column: str, text: str, bos: str) -> bool:
-    return column == "prompt" and text.startswith(bos)
 
 
 @functools.lru_cache(maxsize=4)

@@ -15,6 +15,7 @@ from .chat import SIDES, TEXT_COLUMNS
 from .files import dataset_records, kept_rows
 from .mixing import check_rows, refuse_bad_rows
 from .prepare import to_tokens
+from .rows import TEMPLATE_COLUMNS
 from .splits import PAIRS
 from .tokenization import TOKEN_COLUMNS
 
@@ -67,7 +68,7 @@ def messages_to_tokens(name: str, data: Dataset, tokenizer: PreTrainedTokenizerB
         raise UserError(
             f"{name} holds conversations, and the tokenizer has no chat template: set tokenizer.chat_template, or give text"
         )
-    kept = kept_rows(f"{name} {data._fingerprint}", lambda: dataset_records(data, name, (*TEXT_COLUMNS, "tools", "documents")))
+    kept = kept_rows(f"{name} {data._fingerprint}", lambda: dataset_records(data, name, (*TEXT_COLUMNS, *TEMPLATE_COLUMNS)))
     part = check_rows(name, kept, SIDES, args.dataset_num_proc)
     exact = args.preprocessing == "exact"
     refuse_bad_rows([part], keep_malformed=not exact or args.bad_rows == "drop")

@@ -25,19 +25,18 @@ def check_adapters(
     args: TrainingArguments,
     config: PreTrainedConfig,
     *,
-    strategy: str | None = None,
-    lacks: list[str] | None = None,
+    elsewhere: str | None = None,
 ) -> None:
     """Raises UserError, with every reason at once, for adapters and quantisation that the libraries cannot train here.
 
-    config: of the model, or of the adapter's base. strategy: one to reckon with; None: this launch's. lacks: takes what only
-    this machine is in the way of; None: that is a complaint too.
+    config: of the model, or of the adapter's base. elsewhere: the strategy of a run on another machine, whatever this one
+    lacks (`local_complaints`); None: the run is this launch.
     """
     adapter = find_adapter(model_args)
     complaints = [
-        *local_complaints(model_args, args, config, lacks),
+        *(() if elsewhere else local_complaints(model_args, args, config)),
         *quantisation_complaints(model_args, config),
-        *sharding_complaints(model_args, args, config, SHARDED.get(strategy) if strategy else sharding()),
+        *sharding_complaints(model_args, args, config, SHARDED.get(elsewhere) if elsewhere else sharding()),
         *start_complaints(model_args, args, config, adapter),
     ]
     new_adapter = model_args.use_peft and not (adapter is not None and continues(model_args, config))
@@ -56,38 +55,32 @@ def bits_of(model_args: ModelArguments, config: PreTrainedConfig) -> int | None:
     return 4 if model_args.load_in_4bit or own.get("load_in_4bit") else None
 
 
-def local_complaints(
-    model_args: ModelArguments, args: TrainingArguments, config: PreTrainedConfig, lacks: list[str] | None
-) -> list[str]:
-    """What another machine may be able to do; none, and in `lacks` instead, where that is given."""
-    bits, found = bits_of(model_args, config), []
-    key = "load_in_8bit" if model_args.load_in_8bit else "load_in_4bit"
-    asked = model_args.load_in_8bit or model_args.load_in_4bit
-    place = f"{key} = True" if asked else f"model_name_or_path = {model_args.model_name_or_path!r}"
+def asked_quantisation(model_args: ModelArguments) -> str | None:
+    """The key by which the recipe quantises."""
+    return next((key for key in ("load_in_8bit", "load_in_4bit") if getattr(model_args, key)), None)
+
+
+def local_complaints(model_args: ModelArguments, args: TrainingArguments, config: PreTrainedConfig) -> Iterator[str]:
+    """What another machine may be able to do."""
+    bits, key = bits_of(model_args, config), asked_quantisation(model_args)
     if bits and importlib.util.find_spec("bitsandbytes") is None:
-        found.append(f"{place}: needs the package bitsandbytes; run `pip install bitsandbytes`")
+        place = f"{key} = True" if key else f"model_name_or_path = {model_args.model_name_or_path!r}"
+        yield f"{place}: needs the package bitsandbytes; run `pip install bitsandbytes`"
     if bits == 8 and model_args.use_dora and args.device.type == "cpu":
-        found.append(
+        yield (
             "use_dora = True: reading 8-bit weights, as DoRA does, loses their scales on a CPU (peft and bitsandbytes); use "
             "load_in_4bit, or LoRA"
         )
-    if lacks is None:
-        return found
-    lacks += found
-    return []
 
 
 def quantisation_complaints(model_args: ModelArguments, config: PreTrainedConfig) -> Iterator[str]:
-    own = quantised_by(config)
-    place = f"model_name_or_path = {model_args.model_name_or_path!r}"
+    own, key = quantised_by(config), asked_quantisation(model_args)
     if own and not model_args.use_peft:
         yield (
-            f"{place}: its weights are quantised ({own}), and quantised weights cannot be trained; add use_peft: true to "
-            "train an adapter on them, or name the unquantised model"
+            f"model_name_or_path = {model_args.model_name_or_path!r}: its weights are quantised ({own}), and quantised weights "
+            "cannot be trained; add use_peft: true to train an adapter on them, or name the unquantised model"
         )
-    key = "load_in_8bit" if model_args.load_in_8bit else "load_in_4bit"
-    asked = model_args.load_in_8bit or model_args.load_in_4bit
-    if asked and own and not (own == "bitsandbytes" and own_quantisation(config).get(key)):
+    if key and own and not (own == "bitsandbytes" and own_quantisation(config).get(key)):
         yield f"{key} = True: the weights of {model_args.model_name_or_path!r} are quantised already ({own}); remove {key}"
 
 

@@ -31,13 +31,20 @@ def use_fused_kernels(args: TrainingArguments) -> None:
     logits, and know nothing of pairs.
     """
     on_gpu = args.device.type == "cuda"
-    if args.use_liger_kernel is None:
-        args.use_liger_kernel = on_gpu and importlib.util.find_spec("liger_kernel") is not None
+    args.use_liger_kernel = uses_liger(args.use_liger_kernel, on_gpu=on_gpu)
+    args.optim = optimizer_used(args.optim, on_gpu=on_gpu)
     if args.use_liger_kernel:
         args.liger_kernel_config = {
             **(args.liger_kernel_config or {}),
             "cross_entropy": False,
             "fused_linear_cross_entropy": False,
         }
-    if on_gpu and args.optim == OptimizerNames.ADAMW_TORCH:
-        args.optim = OptimizerNames.ADAMW_TORCH_FUSED
+
+
+def uses_liger(asked: bool | None, *, on_gpu: bool) -> bool:
+    """As the recipe says; where it says nothing, on a GPU where the package is installed."""
+    return on_gpu and importlib.util.find_spec("liger_kernel") is not None if asked is None else asked
+
+
+def optimizer_used(asked: str, *, on_gpu: bool) -> str:
+    return OptimizerNames.ADAMW_TORCH_FUSED if on_gpu and asked == OptimizerNames.ADAMW_TORCH else asked

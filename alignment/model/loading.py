@@ -43,6 +43,7 @@ MERGED_FROM = "merged_from.json"
 # What reading a model may end in: its files, the Hub, the way to it (a proxy that needs a package, an address that is none).
 HUB_ERRORS = (OSError, ValueError, ImportError, HTTPError)
 SHARDED = {"zero3": "ZeRO-3", "fsdp1": "FSDP 1", "fsdp2": "FSDP 2"}  # strategies that divide parameters among processes
+FLASH_PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
 # Files that make a folder a model, also with an adapter beside them.
 WHOLE_WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
 
@@ -144,12 +145,12 @@ def is_nowhere(path: str) -> bool:
 
 def check_attention(attn_implementation: str | None, *, use_cpu: bool) -> None:
     """Raises UserError if the attention kernel cannot run here, before anything is loaded."""
-    if attn_implementation not in ("flash_attention_2", "flash_attention_3"):
+    if attn_implementation not in FLASH_PACKAGES:
         return
     where = f"attn_implementation = {attn_implementation}"
     if use_cpu or not torch.cuda.is_available():
         raise UserError(f"{where}: needs a GPU and there is none in use; set attn_implementation: sdpa")
-    package = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}[attn_implementation]
+    package = FLASH_PACKAGES[attn_implementation]
     if importlib.util.find_spec(package) is None:
         raise UserError(
             f"{where}: the package {package} is not installed; give --attn_implementation=sdpa, which is as fast here (packed "

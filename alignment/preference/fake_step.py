@@ -37,6 +37,7 @@ from trl.kernels import chunked_logprob
 from trl.trainer import utils as trl_utils
 
 from ..model import head
+from ..model.config_files import whole_model
 from ..model.head import add_lm_head
 from ..model.shared_prompt import use_shared_prompts
 from .collate import Batch, PackedCollator, PaddedCollator, Row
@@ -470,7 +471,7 @@ def gpu_kernels(model: nn.Module, plan: Plan) -> Iterator[None]:
 
     Only the eager attention of padded batches stays as it is: it does hold its scores.
     """
-    policy = model.get_base_model() if plan.lora is not None else model
+    policy = whole_model(model)
     if plan.layout == "packed" or plan.attention != "eager":
         name = policy.config.get_text_config()._attn_implementation
         attend = fused_attention(plan.attention != "flex_attention", plan.compute_dtype)

@@ -16,8 +16,10 @@ from transformers import TrainerCallback
 
 from ..data.prepare import pair_tokens
 from ..launch.strategy import strategy_of
+from ..model.config_files import whole_model
 from ..model.layers import recomputable_layers, recompute_first
 from ..model.shared_prompt import NAME
+from ..recipe.values import text
 from ..run.guards import GuardedSteps
 from .collate import PaddedCollator, on_device
 from .configs import PairConfig
@@ -239,7 +241,7 @@ def filling(tokens: np.ndarray, budget: int) -> list[int]:
 def memory_plan(trainer: FittedSteps) -> Plan:
     """The run as the estimate asks for it."""
     args, model = trainer.args, trainer.model
-    policy = model.get_base_model() if isinstance(model, PeftModel) else model
+    policy = whole_model(model)
     rows = trainer.train_dataset
     lengths = {side: float(np.median(rows[f"{side}_length"])) for side in ("chosen", "rejected")}
     pair = Pair(int(np.median(rows["chosen_prompt_length"])), *(max(int(length), 1) for length in lengths.values()))
@@ -253,7 +255,7 @@ def memory_plan(trainer: FittedSteps) -> Plan:
         processes=args.world_size,
         lora=lora_of(model),
         quantised=bits_of(policy),
-        optimizer=str(args.optim.value if hasattr(args.optim, "value") else args.optim),
+        optimizer=str(text(args.optim)),
         layout="padded" if isinstance(trainer.data_collator, PaddedCollator) else "packed",
         attention=config._attn_implementation.removeprefix(NAME),
         pair=pair,

@@ -8,6 +8,7 @@ from ..model.loading import weights_source
 from ..model.precision import checkpoint_dtype
 from ..preference.memory import STATE_BYTES
 from ..recipe.configs import ModelArguments, RunArguments
+from ..recipe.values import text
 from .model import Skeleton
 
 MOMENTS = 8.0  # bytes of AdamW's two float32 moments for an element
@@ -31,7 +32,7 @@ class Disk(NamedTuple):
 def disk_of(args: RunArguments, model_args: ModelArguments, skeleton: Skeleton, strategy: str, checkpoints: int) -> Disk:
     """checkpoints: how many the run writes in all, of which save_total_limit are kept, and the best one."""
     element = 4 if strategy.startswith("zero") else skeleton.dtype.itemsize
-    optimizer = str(getattr(args.optim, "value", args.optim))
+    optimizer = str(text(args.optim))
     states = STATE_BYTES.get(optimizer, MOMENTS if element == 4 else 2 * element)
     # DeepSpeed writes the model in the precision that it computes in, and float32 masters beside it.
     weights = 2 + 4 if strategy.startswith("zero") and args.bf16 | args.fp16 else element

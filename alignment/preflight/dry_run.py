@@ -19,9 +19,9 @@ from ..data.sources import TEST, TRAIN
 from ..data.splits import DataKind, Prepared, prepared_splits, tokenizer_and_source
 from ..errors import TrainingStopped, UserError
 from ..launch.launch import launcher_strategy
-from ..model.adapter_checks import check_adapters
+from ..model.adapter_checks import check_adapters, local_complaints
 from ..model.adapters import whole_models
-from ..model.loading import WHOLE_WEIGHTS, check_model_path, find_adapter
+from ..model.loading import FLASH_PACKAGES, WHOLE_WEIGHTS, check_model_path, find_adapter
 from ..preference.collate import PackedCollator, PaddedCollator
 from ..preference.configs import PairConfig
 from ..preference.memory import GIB, estimate
@@ -59,7 +59,8 @@ def dry_run(kind: DataKind, run_: Run, parser: H4ArgumentParser, notices: list[s
     strategy = planned_strategy(args, wanted, os.environ)
     config = check_model_path(run_.model_args)
     with whole_models():  # a launcher's ZeRO-3 would divide what has no data
-        check_adapters(run_.model_args, args, config, strategy=strategy, lacks=lacks)
+        check_adapters(run_.model_args, args, config, elsewhere=strategy)
+        lacks += local_complaints(run_.model_args, args, config)
         skeleton = skeleton_of(run_.model_args, args, config)
     standing = outlook(
         run_.output_dir, args.resume_from_checkpoint, comparable(run_), args.planned_processes, run_.rows_per_step
@@ -229,8 +230,7 @@ def lacking(run_: Run, wanted: Mapping[str, Any], strategy: str) -> list[str]:
             found.append(f"{processes} GPU{'s' * (processes > 1)}: {has}")
         elif args.bf16 and not torch.cuda.is_bf16_supported():
             found.append("bf16 = True: the GPUs here do not compute in it")
-    packages = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
-    needed = {f"attn_implementation = {model_args.attn_implementation}": packages.get(model_args.attn_implementation)}
+    needed = {f"attn_implementation = {model_args.attn_implementation}": FLASH_PACKAGES.get(model_args.attn_implementation)}
     needed[f"strategy {strategy}"] = "deepspeed" if strategy.startswith("zero") else None
     found += [
         f"{what}: the package {package} is not installed here"

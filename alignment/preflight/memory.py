@@ -1,6 +1,5 @@
 """Memory of each device: a recipe as the estimate asks for it, its largest and its usual micro-batch, and what would fit."""
 
-import importlib.util
 import math
 from collections.abc import Mapping
 from functools import partial
@@ -9,18 +8,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from datasets import Dataset
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as LORA_DEFAULTS
-from transformers import PreTrainedConfig
 
 from ..data.prepare import pair_tokens
 from ..model.adapter_checks import bits_of
-from ..model.adapters import continues
-from ..model.loading import find_adapter
+from ..model.layers import optimizer_used, uses_liger
 from ..preference.configs import PairConfig
 from ..preference.division import Division, Wish, fastest
-from ..preference.fitting import asked_for
-from ..preference.memory import CONTEXT_GIB, GIB, Lora, MemoryModel, Pair, Peak, Plan
+from ..preference.fitting import asked_for, lora_of
+from ..preference.memory import CONTEXT_GIB, GIB, MemoryModel, Pair, Peak, Plan
 from ..recipe.configs import ModelArguments
+from ..recipe.values import text
 from .model import Skeleton
 
 CARDS = (24, 48, 80, 141)  # GiB of the GPUs that are in use
@@ -71,16 +68,13 @@ class Sizes(NamedTuple):
 def plan_of(
     args: PairConfig, model_args: ModelArguments, skeleton: Skeleton, meant: Mapping[str, Any], strategy: str, rows: Dataset
 ) -> Plan:
-    """The run as the estimate asks for it, without its model. Raises UserError for an adapter without layers."""
+    """The run as the estimate asks for it, without its weights."""
     on_gpu, packed = not meant["use_cpu"], skeleton.why_padded is None
     by_tokens, _ = asked_for(args, on_gpu=on_gpu)
     compute = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
     attention = skeleton.attention
     if on_gpu and packed and attention == "eager" and args.pair_layout != "packed":
         attention = "flex_attention"  # what computes eager's arithmetic there
-    optimizer = str(getattr(args.optim, "value", args.optim))
-    if on_gpu and optimizer == "adamw_torch":
-        optimizer = "adamw_torch_fused"  # as the run does
     middle = {name: int(np.median(rows[name])) for name in ("chosen_prompt_length", "chosen_length", "rejected_length")}
     return Plan(
         config=skeleton.config.get_text_config(),
@@ -88,33 +82,16 @@ def plan_of(
         compute_dtype=compute,
         strategy=strategy,
         processes=args.planned_processes,
-        lora=lora_of(model_args, skeleton.config),
+        lora=lora_of(skeleton.model),
         quantised=bits_of(model_args, skeleton.config),
-        optimizer=optimizer,
+        optimizer=str(text(optimizer_used(args.optim, on_gpu=on_gpu))),
         accumulates=args.gradient_accumulation_steps > 1 or by_tokens,
         layout="packed" if packed else "padded",
         attention=attention,
         pair=Pair(*(max(length, 1) for length in middle.values())),
         device_type="cuda" if on_gpu else "cpu",
-        liger=uses_liger(meant),
+        liger=uses_liger(meant["use_liger_kernel"], on_gpu=on_gpu),
     )
-
-
-def uses_liger(meant: Mapping[str, Any]) -> bool:
-    """As the run decides, by what is installed where this is asked."""
-    installed = not meant["use_cpu"] and importlib.util.find_spec("liger_kernel") is not None
-    return bool(installed if meant["use_liger_kernel"] is None else meant["use_liger_kernel"])
-
-
-def lora_of(model_args: ModelArguments, config: PreTrainedConfig) -> Lora | None:
-    if not model_args.use_peft:
-        return None
-    adapter = find_adapter(model_args)
-    if adapter is not None and continues(model_args, config):
-        old = adapter.config
-        return Lora(old.r, tuple(sorted(old.target_modules)), tuple(old.modules_to_save or ()))
-    targets = model_args.lora_target_modules or sorted(LORA_DEFAULTS[config.model_type])
-    return Lora(model_args.lora_r, tuple(targets), tuple(model_args.lora_modules_to_save or ()))
 
 
 def sizes_of(rows: Dataset, plan: Plan, *, scores_prompt: bool) -> Sizes:

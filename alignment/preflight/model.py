@@ -11,13 +11,11 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedToken
 
 from ..errors import UserError, reason_of
 from ..model.adapters import continues, lora_config
-from ..model.loading import find_adapter, parameter_dtype
+from ..model.loading import FLASH_PACKAGES, find_adapter, parameter_dtype
 from ..model.shared_prompt import why_not
 from ..model.text_part import freeze_other_parts, outside_text
 from ..model.vocabulary import highest_id, refuse_unknown_ids
 from ..recipe.configs import ModelArguments, RunArguments
-
-NEEDS_PACKAGE = {"flash_attention_2": "sdpa", "flash_attention_3": "sdpa"}  # alike in what they hold in memory
 
 
 @dataclass(frozen=True)
@@ -36,7 +34,7 @@ class Skeleton:
 def skeleton_of(model_args: ModelArguments, args: RunArguments, config: PreTrainedConfig) -> Skeleton:
     """The policy on the meta device, its adapter included. Raises UserError for one that cannot be made."""
     wanted = (args.model_init_kwargs or {}).get("attn_implementation", model_args.attn_implementation)
-    attention = NEEDS_PACKAGE.get(wanted, wanted)
+    attention = "sdpa" if wanted in FLASH_PACKAGES else wanted  # alike in what they hold in memory
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(

@@ -5,6 +5,7 @@ from typing import Any
 
 from ..preference.configs import PairConfig
 from ..recipe.configs import ModelArguments, RunArguments
+from ..recipe.values import text
 from .disk import Disk
 from .lengths import PairFacts
 from .model import Skeleton
@@ -46,7 +47,7 @@ def setting_warnings(
 
 
 def schedule_warnings(args: RunArguments, schedule: Schedule) -> Iterator[str]:
-    steps, strategy = schedule.steps, getattr(args.eval_strategy, "value", args.eval_strategy)
+    steps, strategy = schedule.steps, text(args.eval_strategy)
     if args.warmup_steps >= steps:
         yield f"warmup_steps = {args.warmup_steps:g}: the run has {steps} steps, so that it never leaves the warm-up"
     if strategy == "steps" and args.eval_steps and args.eval_steps > steps:

@@ -7,6 +7,7 @@ import yaml
 
 from ..recipe.configs import RunArguments
 from ..recipe.parser import H4ArgumentParser, Setting, is_secret
+from ..recipe.values import text
 
 
 class Origin(NamedTuple):
@@ -49,6 +50,5 @@ def shown(origin: Origin) -> str:
     """The value in YAML, on one line; a secret is not."""
     if is_secret(origin.key) and isinstance(origin.value, str):
         return "..."
-    value = getattr(origin.value, "value", origin.value)  # of an enum
-    text = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True)
-    return text.removesuffix("\n").removesuffix("\n...").strip()
+    value = yaml.safe_dump(text(origin.value), default_flow_style=True, width=10**6, allow_unicode=True)
+    return value.removesuffix("\n").removesuffix("\n...").strip()

@@ -11,6 +11,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from ..errors import UserError
 from ..recipe.configs import RunArguments
+from ..recipe.values import text
 
 FORWARD_SHARE = 1 / 3  # of a training step's operations: what evaluating a token costs
 
@@ -54,7 +55,7 @@ def scores_first(args: RunArguments) -> bool:
 
 def times(strategy: str, every: float | None, steps: int, epochs: int) -> int:
     """How often something happens that is due every so many steps (below 1: a share of all) and at the last, or every epoch."""
-    name = getattr(strategy, "value", strategy)
+    name = text(strategy)
     if name == "epoch":
         return epochs
     if name != "steps" or not every:
@@ -87,7 +88,7 @@ def step_tokens(args: RunArguments, tokens: np.ndarray, rows_per_step: int, leng
 
 
 def order_of(args: RunArguments, lengths: np.ndarray) -> np.ndarray:
-    kind = str(getattr(args.train_sampling_strategy, "value", args.train_sampling_strategy))
+    kind = str(text(args.train_sampling_strategy))
     generator = torch.Generator().manual_seed(args.seed if args.data_seed is None else args.data_seed)
     if kind == "sequential":
         return np.arange(len(lengths))

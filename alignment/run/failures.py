@@ -1,5 +1,6 @@
 """How a run that fails says so: once, whatever the number of processes, and last, in the launcher's own summary."""
 
+import errno
 import faulthandler
 import json
 import os
@@ -12,6 +13,7 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from .signals import RunInterrupted
 
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # What usually fails, fails on all processes. The first one speaks, and its launcher ends the others while they wait.
 PATIENCE_S = 5.0
 TEARDOWN_S = 60.0

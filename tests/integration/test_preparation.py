@@ -286,7 +286,9 @@ def test_data_that_fills_no_batch_is_an_error_before_the_model_is_loaded(
     recipe = recipe_file(workspace, tmp_path, **keys, **({"max_prompt_length": None} if method is SFT else {}))
     monkeypatch.setattr(pipeline, "build_trainer", None)
     printed = refusal(recipe, capsys, method)
-    assert "dataloader_drop_last = True: 8 training rows are less than one batch of 16" in printed
+    message = "dataloader_drop_last = True: 8 training rows are less than one batch of 16"
+    place = next(number for number, line in enumerate(Path(recipe).read_text().splitlines(), 1) if "drop_last" in line)
+    assert f"error: {recipe}, line {place}: {message}" in printed
     assert not (tmp_path / "run").exists()
 
 

@@ -15,14 +15,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen2Tokenizer
 
-from alignment.data.splits import PAIRS
-from alignment.pipeline import Method, run
-from scripts.simpo_config import SimPOConfig
-from scripts.simpo_trainer import SimPOTrainer
+from alignment.pipeline import run
 from tests import builders
+from tests.methods import METHODS
 from tests.workspaces import recipe_of_run, save_splits
 
-SIMPO = Method(config=SimPOConfig, trainer=SimPOTrainer, data=PAIRS)
 RECIPE = {
     "preprocessing": "exact",
     "use_cpu": True,
@@ -108,7 +105,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
         folder = tmp_path_factory.mktemp("policy")
         save_policy(folder / "model", name.partition(",")[0], settings)
         save_splits(folder / "pairs", rows[:2], rows[2:])
-        run(SIMPO, [recipe_of_run(folder, folder, RECIPE, {})])
+        run(METHODS["simpo"], [recipe_of_run(folder, folder, RECIPE, {})])
         made[name] = folder / "run"
     return made
 

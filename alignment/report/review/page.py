@@ -154,11 +154,11 @@ def pair_plots(run: Reading, signals: Signals, delta: float) -> list[Plot]:
 # ---- Files ----
 
 
-def write(page: Page, folder: Path) -> tuple[Path, Path]:
-    """folder/review.md and folder/report.html, each whole or not there. Returns their paths."""
+def write(page: Page, folder: Path, names: tuple[str, str] = ("review.md", "report.html")) -> tuple[Path, Path]:
+    """folder/review.md and folder/report.html, or others of these kinds, each whole or not there. Returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     found = []
-    for name, text in (("review.md", markdown(page)), ("report.html", html(page))):
+    for name, text in zip(names, (markdown(page), html(page)), strict=True):
         path, staged = folder / name, folder / f".{name}.new"
         staged.write_text(text, encoding="utf-8")
         staged.replace(path)
