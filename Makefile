@@ -1,4 +1,4 @@
-# setup · quickstart · ablation · test · test-all · test-newest · test-torch-2.11 · style · bench · review-proof · gpu-proof
+# setup · quickstart · ablation · test · test-all · test-newest · test-torch-2.11 · style · schemas · bench · review-proof · gpu-proof
 # Every target first builds .venv where it is missing or older than the files that describe it.
 
 PYTHON ?= python3
@@ -71,6 +71,10 @@ test-newest:
 style: $(STAMP)
 	@$(RUN) -m ruff check
 	@$(RUN) -m ruff format --check
+
+# What editors check recipes against, after a dataclass changed.
+schemas: $(STAMP)
+	@$(RUN) scripts/write_schemas.py
 
 # The oldest torch that setup.cfg allows, in an environment of its own, kept between runs: what depends on torch's own code.
 # Not in `make test`: PyPI has no build of it for CPUs, and the one for GPUs is some 3 GB to download and 6 on the disk.

@@ -49,6 +49,13 @@ class DPOConfig(PairConfig):
             ELSEWHERE,
         ),
     }  # fmt: skip
+    # What `rewrite` reads, for the schema: type and meaning.
+    rewritten_keys: ClassVar = {
+        "loss_type": (str | list[str], "[X, sft] with loss_weights, as TRL spells it, adds sft_weight."),
+        "loss_weights": (list[float] | None, "TRL's: 1 for the loss, and the weight of sft."),
+        "rpo_alpha": (float | None, "trl 0.9's name of sft_weight."),
+        "precompute_ref_log_probs": (bool, "Ignored: here they always are."),
+    }
 
     beta: float | None = field(
         default=None,

@@ -47,7 +47,7 @@ class ModelArguments:
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Run Python code that comes with the model. Off unless you have read that code."}
     )
-    torch_dtype: str | None = field(
+    torch_dtype: Literal["auto", "float32", "float16", "bfloat16"] | None = field(
         default=None,
         metadata={
             "help": "Precision of the parameters: auto, float32, float16 or bfloat16. null: float32 master parameters, "
@@ -86,9 +86,9 @@ class ModelArguments:
     )
     load_in_8bit: bool = field(default=False, metadata={"help": "Quantise the frozen base to 8 bits (bitsandbytes)."})
     load_in_4bit: bool = field(default=False, metadata={"help": "Quantise the frozen base to 4 bits (QLoRA)."})
-    bnb_4bit_quant_type: str = field(default="nf4", metadata={"help": "4-bit number format: nf4 or fp4."})
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = field(default="nf4", metadata={"help": "4-bit number format: nf4 or fp4."})
     use_bnb_nested_quant: bool = field(default=False, metadata={"help": "Quantise the 4-bit scales as well."})
-    bnb_4bit_quant_storage: str = field(
+    bnb_4bit_quant_storage: Literal["uint8", "float16", "bfloat16", "float32"] = field(
         default="uint8",
         metadata={
             "help": "Type that packed 4-bit weights are stored as, for FSDP, which shards floating types only: uint8, float16, "
@@ -174,7 +174,9 @@ class DataArguments:
         metadata={"help": "published preprocessing: put an empty system turn first where the template knows that role."},
     )
     preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that prepare the data."})
-    truncation_side: str | None = field(default=None, metadata={"help": "Side that the tokenizer truncates: left or right."})
+    truncation_side: Literal["left", "right"] | None = field(
+        default=None, metadata={"help": "Side that the tokenizer truncates: left or right."}
+    )
 
     def __post_init__(self) -> None:
         problems = positive_problem(self, "preprocessing_num_workers")

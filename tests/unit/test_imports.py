@@ -34,7 +34,7 @@ ORDER = {
         "review.page",
     ],
     "launch": ["opening", "launch", "strategy", "turns"],
-    "recipe": ["values", "ranges", "parser", "idle", "rehearsal", "dry_run", "configs"],
+    "recipe": ["values", "ranges", "parser", "schema", "idle", "rehearsal", "dry_run", "configs"],
     "model": [
         "tokenizer_files",
         "config_files",
