@@ -111,7 +111,13 @@ def memories_of(cases: list[Case], rows: Dataset) -> list[Memory]:
     """One interpreter makes all estimates."""
     models = estimates([case.plan for case in cases], timeout=3600)
     return [
-        memory_of(model, case.args, sizes_of(rows, case.plan, scores_prompt=False), case.skeleton.parameters, None)
+        memory_of(
+            model,
+            case.args,
+            sizes_of(rows, case.plan, scores_prompt=case.args.objective.scores_prompt),
+            case.skeleton.parameters,
+            None,
+        )
         for case, model in zip(cases, models, strict=True)
     ]
 
@@ -125,22 +131,26 @@ def cell(cases: list[Case], memories: list[Memory], gib: float) -> str:
     return f"not on {cases[-1].processes}"
 
 
+def table_row(name: str, counts: list[int], folder: Path) -> str:
+    """Of the recipe `name`, tried on so many GPUs."""
+    rows = lengths()
+    cases = [case_of(name, count, folder / name, rows) for count in counts]
+    memories = memories_of(cases, rows)
+    cells = " | ".join(cell(cases, memories, card) for card in CARDS)
+    return f"| `{name}` | {cases[0].plan.layout} | {cells} |"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipes", nargs="*", metavar="RECIPE", help="names without .yaml; default: all")
     parser.add_argument("--processes", nargs="+", type=int, default=[1, 2, 4, 8], help="GPUs to try, in this order")
     arguments = parser.parse_args()
-    rows = lengths()
     print(f"| recipe | layout | {' | '.join(f'{card} GB' for card in CARDS)} |\n|{'---|' * (len(CARDS) + 2)}")
     with tempfile.TemporaryDirectory() as folder:
         for name in arguments.recipes or newer_recipes():
             # An adapter's recipe is for one GPU.
-            processes = [1] if name.endswith("lora") else arguments.processes
-            cases = [case_of(name, count, Path(folder) / name, rows) for count in processes]
-            memories = memories_of(cases, rows)
-            layout = cases[0].plan.layout
-            cells = " | ".join(cell(cases, memories, card) for card in CARDS)
-            print(f"| `{name}` | {layout} | {cells} |", flush=True)
+            counts = [1] if name.endswith("lora") else arguments.processes
+            print(table_row(name, counts, Path(folder)), flush=True)
 
 
 if __name__ == "__main__":

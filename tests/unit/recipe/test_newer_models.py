@@ -1,5 +1,7 @@
 """Recipes for models that the paper has not: their settings, templates, sizes and packed layout, without their weights."""
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ from alignment.data.tokenization import LengthRules, tokenize_pairs
 from alignment.errors import UserError
 from alignment.model.endings import end_of_turn
 from alignment.model.shared_prompt import why_not
-from benchmarks.recipe_memory import MODELS, full_size, lengths, newer_recipes
+from benchmarks.recipe_memory import MODELS, full_size, lengths, newer_recipes, table_row
 from scripts.simpo_config import SimPOConfig
 from scripts.simpo_trainer import SimPOTrainer
 from tests import builders
@@ -209,3 +211,23 @@ def test_the_published_sizes_add_up_to_the_published_parameters_and_are_packed(m
 def test_the_longest_pair_of_the_table_is_as_long_as_the_recipes_allow():
     for name in NAMES:
         assert read(name)["max_length"] == max(lengths()["length"])
+
+
+TABLE = (Path(__file__).parents[3] / "docs/recipes.md").read_text(encoding="utf-8")
+
+
+def test_the_memory_table_has_every_recipe_and_its_layout():
+    rows = re.findall(r"^\| `([\w.-]+)` \| (packed|padded) \|", TABLE, re.MULTILINE)
+    assert sorted(rows) == [(name, "packed") for name in NAMES]
+
+
+def test_the_memory_table_is_what_its_command_makes(tmp_path):
+    """Of the smallest model, which takes seconds; `python benchmarks/recipe_memory.py` makes all of it."""
+    assert f"\n{table_row('gemma-3-1b-it-simpo-lora', [1], tmp_path)}\n" in TABLE
+
+
+def test_the_table_of_templates_is_true():
+    for model, known in PUBLISHED.items():
+        ends = [known.header.replace("\n", "\\n"), known.end]
+        row = f"| {model} | {f'`{known.bos}`' if known.bos else 'none'} | {' | '.join(f'`{end}`' for end in ends)} |"
+        assert row in TABLE.replace("\\|", "|"), row
