@@ -109,17 +109,11 @@ def case_of(name: str, processes: int, folder: Path, rows: Dataset) -> Case:
 
 def memories_of(cases: list[Case], rows: Dataset) -> list[Memory]:
     """One interpreter makes all estimates."""
-    models = estimates([case.plan for case in cases], timeout=3600)
-    return [
-        memory_of(
-            model,
-            case.args,
-            sizes_of(rows, case.plan, scores_prompt=case.args.objective.scores_prompt),
-            case.skeleton.parameters,
-            None,
-        )
-        for case, model in zip(cases, models, strict=True)
-    ]
+    memories = []
+    for case, model in zip(cases, estimates([case.plan for case in cases], timeout=3600), strict=True):
+        tokens = sizes_of(rows, case.plan, scores_prompt=case.args.objective.scores_prompt)
+        memories.append(memory_of(model, case.args, tokens, case.skeleton.parameters, None))
+    return memories
 
 
 def cell(cases: list[Case], memories: list[Memory], gib: float) -> str:

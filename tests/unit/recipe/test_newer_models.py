@@ -19,6 +19,7 @@ from benchmarks.recipe_memory import MODELS, full_size, lengths, newer_recipes, 
 from scripts.simpo_config import SimPOConfig
 from scripts.simpo_trainer import SimPOTrainer
 from tests import builders
+from tests.unit.data.test_trl_templates import PROMPTS, QUESTION, reply
 from tests.unit.recipe.newer_models import PUBLISHED
 from tests.unit.recipe.test_recipes import parse, recipe_text
 
@@ -77,22 +78,6 @@ def test_an_adapter_s_recipe_is_the_whole_model_s_but_for_the_adapter(name):
 
 
 # ---- Templates ----
-
-SYSTEM = {"role": "system", "content": "Be brief."}
-QUESTION = {"role": "user", "content": "Name a colour."}
-OTHER = {"role": "user", "content": "And another?"}
-
-
-def reply(content: str) -> dict[str, str]:
-    return {"role": "assistant", "content": content}
-
-
-PROMPTS = {
-    "one question": [QUESTION],
-    "a system turn": [SYSTEM, QUESTION],
-    "several turns": [QUESTION, reply("Violet."), OTHER],
-}
-
 
 # Mistral's: see test_a_system_turn_moves_in_the_template_of_mistral.
 TAKEN = [(model, prompt) for model in MODELS for prompt in PROMPTS if not ("Mistral" in model and prompt == "a system turn")]
