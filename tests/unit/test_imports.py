@@ -78,6 +78,7 @@ ORDER = {
         "stand_ins",
         "fake_step",
         "fitting",
+        "by_tokens",
         "steps",
         "reference",
         "records",
