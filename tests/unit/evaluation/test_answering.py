@@ -1,12 +1,14 @@
 """Questions answered by a tiny model and by a stand-in server."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from alignment.data.template import shipped_template
 from alignment.errors import UserError
 from eval.answering import evaluate, token_counter
 from eval.settings import EvaluationArguments
@@ -92,6 +94,26 @@ def test_a_server_gets_token_ids_with_one_bos_and_a_seed_for_each_answer(answer,
     assert len({request["seed"] for request in server.requests}) == len(rows)
     made = {reply(request["prompt"], request["seed"]) for request in server.requests}
     assert {row["output"] for row in rows} == made
+
+
+@pytest.mark.parametrize(
+    ("preprocessing", "beginning"), [("published", "<|system|>\n<|eot_id|>\n<|user|>"), ("exact", "<|user|>")]
+)
+def test_a_run_is_asked_behind_the_empty_system_turn_that_it_was_trained_behind(
+    answer, model, tmp_path, preprocessing, beginning
+):
+    run = shutil.copytree(model, tmp_path / "run")
+    (run / "recipe.yaml").write_text(f"preprocessing: {preprocessing}\nauto_insert_empty_system_msg: true\n")
+    tokenizer = builders.bpe_tokenizer()
+    tokenizer.chat_template = shipped_template("zephyr")
+    tokenizer.save_pretrained(run)
+    with completions_server(str(run)) as server:
+        answer("mt-bench", model=str(run), server=server.url)
+    assert len(server.requests) == 8
+    for request in server.requests:
+        text = tokenizer.decode(request["prompt"])
+        assert text.startswith(beginning)
+        assert text.count("<|system|>") == ("<|system|>" in beginning)
 
 
 def test_a_seed_makes_the_same_answers_and_another_one_others(answer):
