@@ -3,7 +3,9 @@
 import pytest
 
 from alignment.run.records import write_jsonl
-from tests.workspaces import read_jsonl, save_model
+from eval.asking import trained_behind_system_turn
+from tests.integration.conftest import RECIPE
+from tests.workspaces import read_jsonl, recipe_of_run, save_model, save_workspace
 
 GENERATE = "eval/generate_outputs.py"
 SETTINGS = "eval/mt-bench/own-template.yaml"
@@ -79,3 +81,18 @@ def test_settings_that_are_given_no_model_end_with_status_2_and_its_placeholder(
     assert ended.status == 2
     assert "(give --model)" in ended.printed
     assert "Traceback" not in ended.printed
+
+
+@pytest.mark.parametrize("preprocessing", ["published", "exact"])
+def test_a_runs_own_recipe_tells_whether_it_was_trained_behind_an_empty_system_turn(server, tmp_path, preprocessing):
+    save_workspace(tmp_path, 2, 1, initializer_range=0.1)
+    changes = {
+        "preprocessing": preprocessing,
+        "use_peft": False,
+        "num_train_epochs": 1,
+        "do_eval": False,
+        "eval_strategy": "no",
+    }
+    ended = server.run(recipe_of_run(tmp_path, tmp_path, RECIPE, changes))
+    assert ended.status == 0, ended.printed
+    assert trained_behind_system_turn(str(tmp_path / "run")) == (preprocessing == "published")

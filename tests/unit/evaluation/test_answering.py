@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from on_policy_data_gen.stages import Stage
 from tests import builders
 from tests.completions_server import completions_server, reply
 from tests.unit.evaluation.conftest import QUESTIONS
-from tests.workspaces import read_jsonl, save_model
+from tests.workspaces import fake_vllm_python, read_jsonl, save_model
 
 TEMPERATURES = {"writing": 0.7, "math": 0.0, "stem": 0.1}
 
@@ -84,6 +85,14 @@ def test_mt_benchs_temperatures_are_those_of_the_categories(answer, model):
         (place,) = (number for number in range(4) if f"lanterns {number}" in text)
         category = QUESTIONS["mt-bench"][place]["category"]
         assert request["temperature"] == TEMPERATURES.get(category, 0.7)
+
+
+def test_vllm_is_started_once_for_all_temperatures(answer, tmp_path):
+    python, log = fake_vllm_python(tmp_path)
+    answer("mt-bench", engine="vllm", vllm_python=str(python), category_temperatures=TEMPERATURES, temperature=0.7)
+    asked = [row["sampling"]["temperature"] for row in read_jsonl(log) if "sampling" in row]
+    assert sorted(asked) == [0.0, 0.0, 0.1, 0.1, 0.7, 0.7, 0.7, 0.7]
+    assert sum("settings" in row for row in read_jsonl(log)) == 1
 
 
 def test_a_server_gets_token_ids_with_one_bos_and_a_seed_for_each_answer(answer, model):
@@ -204,3 +213,21 @@ def test_a_token_counter_that_is_not_here_is_told_with_the_way_out(tokenizer, mo
     monkeypatch.setitem(sys.modules, "tiktoken", None)
     with pytest.raises(UserError, match=r"needs the package tiktoken.*--token_counter=model"):
         token_counter("o200k_base", tokenizer)
+
+
+def test_an_encoding_that_cannot_be_fetched_is_told_before_anything_is_generated(tokenizer, monkeypatch):
+    def get_encoding(name):
+        raise ConnectionError("no route")
+
+    monkeypatch.setitem(sys.modules, "tiktoken", SimpleNamespace(get_encoding=get_encoding))
+    with pytest.raises(UserError, match=r"cannot fetch it \(ConnectionError\); let it do so once, with TIKTOKEN_CACHE_DIR"):
+        token_counter("o200k_base", tokenizer)
+
+
+def test_a_special_token_in_an_answer_is_counted_as_text(tokenizer, monkeypatch):
+    def encode(text, disallowed_special):
+        assert disallowed_special == ()
+        return text.split()
+
+    monkeypatch.setitem(sys.modules, "tiktoken", SimpleNamespace(get_encoding=lambda name: SimpleNamespace(encode=encode)))
+    assert token_counter("o200k_base", tokenizer)("river <|endoftext|> kettle") == 3

@@ -1,6 +1,7 @@
 """What a model reads at evaluation is what its setting was trained on, id by id."""
 
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -169,3 +170,17 @@ def test_every_published_setting_has_a_file_for_each_benchmark():
     published = {"llama-3-8b-base", "llama-3-8b-instruct", "mistral-7b-base", "mistral-7b-instruct", "gemma-2-9b-it"}
     for folder in ("alpacaeval2", "arenahard", "mt-bench"):
         assert {path.stem for path in RELEASED if path.parent.name == folder} == published
+
+
+DOCUMENTS = [ROOT / "docs/evaluation.md", *sorted((ROOT / "eval").glob("*/README.md"))]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: "/".join(path.parts[-2:]))
+def test_the_commands_of_the_documents_are_understood(document, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    commands = re.findall(r"^python eval/generate_outputs\.py (.*)$", document.read_text(encoding="utf-8"), re.MULTILINE)
+    assert commands
+    for command in commands:
+        settings, *options = command.split()
+        _, own = H4ArgumentParser((PolicyArguments, EvaluationArguments)).parse([settings, *options])
+        assert (own.benchmark, own.model_name()) == (Path(settings).parent.name, "NAME")
