@@ -84,8 +84,8 @@ def full_size(model: str) -> PreTrainedConfig:
 
 def newer_recipes() -> list[str]:
     """Names of the recipes whose models stand here."""
-    paths = sorted(FOLDER.glob("*.yaml"))
-    return [path.stem for path in paths if any(f"model_name_or_path: {model}\n" in path.read_text() for model in MODELS)]
+    paths = FOLDER.glob("*.yaml")
+    return sorted(path.stem for path in paths if any(f"model_name_or_path: {model}\n" in path.read_text() for model in MODELS))
 
 
 def lengths() -> Dataset:
