@@ -151,8 +151,8 @@ def scored_before(method: Method, run_: Run, rows: Dataset) -> StepZero:
     data = fingerprint(rows)
     if fingerprint(held_out(method, run_)) != data:
         raise UserError(
-            f"--before {run_.model_args.model_name_or_path}: its tokenizer makes other tokens of the held-out pairs; score each "
-            "model by itself, and compare them with scripts/review_run.py"
+            f"--before {run_.model_args.model_name_or_path}: its tokenizer makes other tokens of the held-out pairs; score "
+            "each model by itself, and compare them with scripts/review_run.py"
         )
     trainer = loaded(method, run_, rows)
     columns = within_memory(lambda: trainer.score(rows, "held-out pairs, before training"))

@@ -1,17 +1,10 @@
 """What becomes of a model: merged, scored by itself, reviewed. scripts/merge_adapter.py and scripts/score_pairs.py."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from alignment.afterwards import merging
-from alignment.afterwards.merging import TOLERANCE, merge_adapter
-from alignment.errors import TrainingStopped, UserError
 from tests.integration.conftest import RECIPE
 from tests.workspaces import read_jsonl, recipe_of_run, save_adapter, save_model, save_workspace
 
