@@ -98,6 +98,7 @@ ORDER = {
         "dry_run",
     ],
     "pipeline": [],
+    "afterwards": ["command", "merging", "scoring", "pushing"],
     "ablation": [
         "matrix",
         "cells",
