@@ -164,6 +164,11 @@ def adapter_to_merge(model_args: ModelArguments, base: str | None) -> Adapter:
         )
     if base is not None:
         adapter = adapter._replace(base=Source(base, model_args.base_model_revision or "main"))
+    own = base_arguments(adapter, trust_remote_code=False)
+    if Path(adapter.base.name).is_dir() and find_adapter(own) is not None:
+        raise UserError(
+            f"{name}: its base {adapter.base.name} is a LoRA adapter itself; merge that first, and name the result with --base"
+        )
     adapter_weights(adapter)
     return adapter
 
@@ -177,10 +182,6 @@ def base_arguments(adapter: Adapter, trust_remote_code: bool) -> ModelArguments:
 def refuse_unmergeable(adapter: Adapter, config: PreTrainedConfig) -> None:
     """Raises UserError for bases and adapters of which no sum is a model of the base's kind."""
     source, base = adapter.source.name, adapter.base.name
-    if find_adapter(base_arguments(adapter, trust_remote_code=False)) is not None:
-        raise UserError(
-            f"{source}: its base {base} is a LoRA adapter itself; merge that one first, and name the result with --base"
-        )
     if kind := quantised_by(config):
         raise UserError(
             f"{source}: its base {base} has quantised weights ({kind}), to which the sum would be rounded; name the model that "
