@@ -3,30 +3,34 @@
 import json
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
 from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..data.sources import TEST
 from ..data.splits import fingerprint, ready_tokenizer, tokenized_splits
 from ..errors import TrainingStopped, UserError
 from ..model.adapters import keep_4bit_layout, starting_point
-from ..model.loading import find_adapter, model_init_kwargs
+from ..model.loading import find_adapter, load_tokenizer, model_init_kwargs
+from ..model.tokenizer_files import state_of
 from ..pipeline import Method, check, recipe_checks, set_up_logging
 from ..preference.reference import StepZero
 from ..preference.trainer import PairTrainer
 from ..recipe.configs import DataArguments, ModelArguments, Run
-from ..recipe.parser import H4ArgumentParser, full_recipe
+from ..recipe.parser import H4ArgumentParser, full_recipe, read_options, read_recipe
 from ..report.review.reading import HELD_OUT_FILE, read_json
 from ..run.durable import TRAINER_STATE
 from ..run.records import write_jsonl, write_run_folder
 from ..run.run_folder import DATE_FILE, today
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 # What a recipe says of its own model, which is not the one that is scored; an option in its place is read.
 OF_ITS_MODEL = {"model_revision": "main", "base_model_revision": "null", "tokenizer_name_or_path": "null"}
@@ -66,22 +70,29 @@ def score_pairs(
     says. Rows are those of a run's last evaluation, and their step the model's. Raises UserError before a model is loaded.
     """
     chosen = methods[method or method_of(recipe)]
-    folder = output or Path("scored", Path(model).resolve().name if Path(model).exists() else model.replace("/", "--"))
+    folder = output or Path("scored", short_name(model))
     run_ = run_of(chosen, model, recipe, folder, options)
     objective = run_.training_args.objective
     if objective.has_reference and before is None:
         raise UserError(f"{recipe}: {objective.name} rewards what changed in training; name what the model was with --before")
-    earlier = None if before is None else run_of(chosen, before, recipe, folder, options)
-    rows, step_zero = held_out(chosen, run_), None
+    earlier = None if before is None else run_of(chosen, before, recipe, folder, [*options, *as_options(OF_ITS_MODEL)])
+    tokenizer = tokenizer_of(run_, recipe)
+    rows, step_zero = held_out(chosen, run_, tokenizer), None
     if earlier is not None:
-        step_zero = scored_before(chosen, earlier, rows)
-    trainer = loaded(chosen, run_, rows)
+        step_zero = scored_before(chosen, earlier, tokenizer_of(earlier, recipe), rows)
+    trainer = loaded(chosen, run_, tokenizer, rows)
     trainer.state.global_step = step_of(model)
     trainer.step_zero = {} if step_zero is None else {"eval": step_zero}
     metrics = within_memory(trainer.evaluate)
     if PartialState().is_main_process:
         write(folder, run_, trainer.pair_records(), metrics)
     return folder
+
+
+def short_name(model: str) -> str:
+    """Of the folder that its records go to: the model's, with its run's for a checkpoint."""
+    parts = Path(model).resolve().parts if Path(model).exists() else tuple(model.split("/"))
+    return "--".join(parts[-2:] if parts[-1].startswith(f"{PREFIX_CHECKPOINT_DIR}-") else parts[-1:])
 
 
 # ---- The recipe ----
@@ -99,7 +110,8 @@ def method_of(recipe: Path) -> str:
 def run_of(method: Method, model: str, recipe: Path, folder: Path, options: Sequence[str]) -> Run:
     """The recipe as a run of this model that trains nothing. Raises UserError for what cannot be scored here."""
     parser = H4ArgumentParser((ModelArguments, DataArguments, method.config))
-    revision = next((word.partition("=")[2] for word in options if word.startswith("--model_revision=")), "main")
+    given = {option.key: option.value for option in read_options(options, parser.targets)}
+    revision = str(given.get("model_revision", "main"))
     adapter = find_adapter(ModelArguments(model_name_or_path=model, model_revision=revision))
     kind = {**OF_A_NEW_ADAPTER, **(WHOLE if adapter is None else ADAPTER)}
     forced = {"model_name_or_path": model, "output_dir": str(folder), **OF_TRAINING, **kind}
@@ -131,13 +143,36 @@ def step_of(model: str) -> int:
 # ---- Scoring ----
 
 
-def held_out(method: Method, run_: Run) -> Dataset:
-    return tokenized_splits(method.data, ready_tokenizer(run_), run_, names=(TEST,))[TEST]
+def tokenizer_of(run_: Run, recipe: Path) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, ready, that ends texts as the recipe's own did in training.
+
+    Where a recipe sets the template, what a run leaves names the end of a turn as eos, for generation; texts that are trained
+    on end in the eos of the model that training began with.
+    """
+    tokenizer = ready_tokenizer(run_)
+    keys = {given.key: given.value for given in read_recipe(str(recipe))}
+    own = {key: str(keys[key]) for key in ("model_name_or_path", *OF_ITS_MODEL) if keys.get(key) is not None}
+    if run_.data_args.chat_template is None or own.get("model_name_or_path") == run_.model_args.model_name_or_path:
+        return tokenizer
+    trusted = run_.model_args.trust_remote_code
+    try:
+        trained_with = load_tokenizer(ModelArguments(**own, trust_remote_code=trusted), DataArguments())
+    except UserError as error:
+        logger.warning("%s; texts end in the eos of the model that is scored, %s.", error, tokenizer.eos_token)
+        return tokenizer
+    if state_of(trained_with) == state_of(tokenizer) and trained_with.eos_token != tokenizer.eos_token:
+        logger.info("Texts end in %s, as in training; the saved eos is %s.", trained_with.eos_token, tokenizer.eos_token)
+        tokenizer.eos_token = trained_with.eos_token
+    return tokenizer
 
 
-def loaded(method: Method, run_: Run, rows: Dataset) -> PairTrainer:
+def held_out(method: Method, run_: Run, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    return tokenized_splits(method.data, tokenizer, run_, names=(TEST,))[TEST]
+
+
+def loaded(method: Method, run_: Run, tokenizer: PreTrainedTokenizerBase, rows: Dataset) -> PairTrainer:
     """A trainer that evaluates, with the model as a run would hold it at its end."""
-    args, tokenizer = run_.training_args, ready_tokenizer(run_)
+    args = run_.training_args
     args.model_init_kwargs = {**model_init_kwargs(run_.model_args, args), **(args.model_init_kwargs or {})}
     policy, _ = starting_point(run_.model_args, args, tokenizer)
     trainer = method.trainer(model=policy, args=args, eval_dataset=rows, processing_class=tokenizer)
@@ -146,20 +181,20 @@ def loaded(method: Method, run_: Run, rows: Dataset) -> PairTrainer:
     return trainer
 
 
-def scored_before(method: Method, run_: Run, rows: Dataset) -> StepZero:
+def scored_before(method: Method, run_: Run, tokenizer: PreTrainedTokenizerBase, rows: Dataset) -> StepZero:
     """What the model before training says of the rows. Raises UserError if its tokenizer makes other tokens of them."""
     data = fingerprint(rows)
-    if fingerprint(held_out(method, run_)) != data:
+    if fingerprint(held_out(method, run_, tokenizer)) != data:
         raise UserError(
             f"--before {run_.model_args.model_name_or_path}: its tokenizer makes other tokens of the held-out pairs; score "
             "each model by itself, and compare them with scripts/review_run.py"
         )
-    trainer = loaded(method, run_, rows)
+    trainer = loaded(method, run_, tokenizer, rows)
     columns = within_memory(lambda: trainer.score(rows, "held-out pairs, before training"))
     return StepZero(data, columns)
 
 
-def within_memory(work: Any) -> Any:
+def within_memory(work: Callable[[], T]) -> T:
     try:
         return work()
     except torch.OutOfMemoryError as error:

@@ -34,6 +34,10 @@ def workspace(tmp_path_factory) -> Path:
     save_model(folder / "half", dtype=torch.bfloat16, **SIZES)
     save_model(folder / "tied", tie_word_embeddings=True, **SIZES)
     save_adapter(folder / "model", folder / "adapter")
+    shutil.copytree(folder / "model", folder / "ends otherwise")
+    tokenizer = builders.bpe_tokenizer()
+    tokenizer.eos_token = builders.PAD
+    tokenizer.save_pretrained(folder / "ends otherwise")
     return folder
 
 
@@ -226,6 +230,10 @@ RUNS = {
     "whole, saved in bf16": ("simpo", WHOLE | {"model": "half"}),
     "an adapter, padded, by tokens": ("simpo", {"pair_layout": "padded", "max_tokens_per_micro_batch": 400}),
     "an adapter on 4 bits": ("simpo", {"load_in_4bit": True, "use_bnb_nested_quant": True}),
+    "a template whose end is not yet the eos": (
+        "simpo",
+        WHOLE | {"model": "ends otherwise", "chat_template": "llama-3", "preprocessing": "published"},
+    ),
     "dpo": ("dpo", WHOLE | DPO),
     "orpo": ("orpo", WHOLE | DPO),
 }
