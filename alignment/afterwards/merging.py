@@ -124,7 +124,7 @@ def merge_adapter(
         write_beside(merged, staged, came, tokenizer, [adapter.source, adapter.base], dtype=saved_dtype)
         settle_class(tokenizer, staged, rows)
         save_tokenizer(tokenizer, staged)
-        del model, merged  # the one that was saved has their room
+        del model, merged  # the one that was saved is read into their room
         agreement = agreement_of(staged, tokenizer, rows, wanted, moved, saved_dtype, trust_remote_code)
         facts = {**merge_facts(adapter, saved_dtype), "base": list(pinned(adapter.base))}
         (staged / MERGED_FROM).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")

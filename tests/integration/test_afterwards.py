@@ -318,3 +318,14 @@ def test_what_cannot_be_scored_is_one_sentence_and_leaves_nothing(server, worksp
     (output / "eval_pairs.jsonl").write_text("{}\n")
     assert "would be written over" in ends(score(server, workspace / "model", pairs_recipe, f"--output={output}"), 2)
     assert (output / "eval_pairs.jsonl").read_text() == "{}\n"
+
+
+def test_an_adapter_that_was_trained_on_4_bits_is_merged_into_the_full_precision_model_and_its_card_says_so(
+    server, workspace, tmp_path
+):
+    keys = {**RECIPE, "max_steps": 1, "save_strategy": "no", "eval_strategy": "no", "load_in_4bit": True}
+    ends(server.run(recipe_of_run(workspace, tmp_path, keys, {})))
+    merge_adapter(str(tmp_path / "run"), tmp_path / "merged")
+    assert "| Base while training | quantised to 4 bits; log-probabilities" in (tmp_path / "merged/README.md").read_text()
+    wanted = logps(in_float32(workspace / "model", tmp_path / "run"))
+    assert (wanted - logps(in_float32(tmp_path / "merged"))).abs().max() < 1e-4
