@@ -304,6 +304,23 @@ def test_records_and_checkpoints_are_sent_where_they_are_asked_for_to_the_branch
     assert not [path for path in sent if path.startswith("_run") or "training_args" in path or path == "notes.txt"]
 
 
+def test_a_merged_model_is_sent_though_it_is_no_run(server, hub, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "merged", ignore=shutil.ignore_patterns("checkpoint-*", "_run"))
+    (tmp_path / "merged/merged_from.json").write_text("{}")
+    ended = push(server, tmp_path / "merged", "--hub_model_id=me/merged")
+    assert ended.status == 0, ended.printed
+    assert set(hub.repositories["me/merged"]) == MODEL_ALONE
+    assert not (tmp_path / "merged/_run").exists()
+
+
+def test_a_push_that_is_stopped_says_how_to_go_on(server, hub, finished):
+    stop = {"place": "uploading", "number": 1, "ranks": [0], "delays": [0.0], "names": ["SIGTERM"]}
+    ended = push(server, finished, sabotage="signal_in", **stop)
+    assert ended.status == 75, ended.printed
+    assert f"hf upload {NAME} {finished} . --include=README.md" in ended.printed
+    assert "model.safetensors" not in hub.repositories[NAME]
+
+
 @pytest.mark.parametrize("kind", ["nothing", "another folder", "half a run", "an adapter of a folder"])
 def test_what_is_no_finished_run_that_others_can_use_is_refused(server, hub, finished, tmp_path, kind):
     folder = tmp_path / "run"
