@@ -11,12 +11,10 @@ import huggingface_hub.constants
 import transformers
 from accelerate import PartialState
 
-from alignment.errors import TrainingStopped, UserError
 from alignment.launch.launch import start_process_group
 from alignment.recipe.parser import H4ArgumentParser
-from alignment.run.failures import DISK_FULL, record_crash, report
+from alignment.run.failures import told
 from alignment.run.output import outlast_readers
-from alignment.run.signals import RunInterrupted
 
 # Processes wait for the slowest, whatever it has to do, and a launcher ends them all where one fails.
 PATIENCE = timedelta(days=7)
@@ -27,7 +25,7 @@ def run_command(kinds: Sequence[type], work: Callable[..., None], argv: Sequence
     """Call work(one object of each kind); exit with 2 for a user's mistake, 1 where it had to stop, 75 where it was stopped."""
     huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True
     outlast_readers()
-    try:
+    with told(AGAIN):
         parser = H4ArgumentParser(kinds)
         settings = parser.parse(argv)
         start_processes(use_cpu=any(getattr(part, "use_cpu", False) for part in settings))
@@ -36,20 +34,6 @@ def run_command(kinds: Sequence[type], work: Callable[..., None], argv: Sequence
             logging.getLogger(__name__).info(notice)
         work(*settings)
         PartialState().destroy_process_group()
-    except UserError as error:
-        sys.exit(report(error, status=2))
-    except KeyboardInterrupt:
-        sys.exit(report(RunInterrupted(f"stopped by SIGINT. {AGAIN}"), status=75))
-    except TrainingStopped as error:
-        sys.exit(report(error, status=1))
-    except OSError as error:
-        if error.errno not in DISK_FULL:
-            record_crash(error)
-            raise
-        sys.exit(report(TrainingStopped(f"{error}. With room, {AGAIN[0].lower()}{AGAIN[1:]}"), status=1))
-    except Exception as error:
-        record_crash(error)
-        raise
 
 
 def start_processes(*, use_cpu: bool) -> None:

@@ -91,10 +91,11 @@ class FakeHub:
             "POST /api/repos/create": self.create,
             f"GET /api/models/{name}/auth-check/write": self.permission,
             "POST /api/validate-yaml": self.card,
-            f"POST /api/models/{name}/preupload/main": self.preupload,
+            f"POST /api/models/{name}/branch/([\\w.-]+)": self.branch,
+            f"POST /api/models/{name}/preupload/([\\w.-]+)": self.preupload,
             f"POST /{name}\\.git/info/lfs/objects/batch": self.batch,
             "PUT /blobs/(\\w+)": self.blob,
-            f"POST /api/models/{name}/commit/main": self.commit,
+            f"POST /api/models/{name}/commit/([\\w.-]+)": self.commit,
             f"GET /api/models/{name}/tree/main": self.tree,
             f"GET /api/models/{name}(?:/revision/main)?": self.repository,
         }
@@ -112,9 +113,19 @@ class FakeHub:
     def card(self, body: bytes) -> tuple[int, Any]:
         return 200, {"errors": [], "warnings": []}
 
-    def preupload(self, body: bytes, name: str) -> tuple[int, Any]:
+    def branch(self, body: bytes, name: str, revision: str) -> tuple[int, Any]:
+        known = revision == "main" or f"{name}@{revision}" in self.repositories
+        if not known:
+            self.repositories[f"{name}@{revision}"] = {}
+        return (409, {"error": f"there is {revision}"}) if known else (201, {})
+
+    def preupload(self, body: bytes, name: str, revision: str) -> tuple[int, Any]:
         paths = [file["path"] for file in json.loads(body)["files"]]
-        return 200, {"files": [{"path": path, **self.how_to_send(name, path)} for path in paths]}
+        return 200, {
+            "files": [
+                {"path": path, **self.how_to_send(name if revision == "main" else f"{name}@{revision}", path)} for path in paths
+            ]
+        }
 
     def how_to_send(self, name: str, path: str) -> dict[str, Any]:
         stored = self.repositories[name].get(path)
@@ -134,8 +145,8 @@ class FakeHub:
         self.blobs[oid] = body
         return 200, {}
 
-    def commit(self, body: bytes, name: str) -> tuple[int, Any]:
-        files = self.repositories[name]
+    def commit(self, body: bytes, name: str, revision: str) -> tuple[int, Any]:
+        files = self.repositories[name if revision == "main" else f"{name}@{revision}"]
         for line in body.splitlines():
             entry = json.loads(line)
             value = entry["value"]

@@ -286,6 +286,7 @@ def places() -> dict[str, tuple[Any, str]]:
     """Functions that a run passes through: owner and name."""
     import alignment.pipeline
     import alignment.run.durable
+    import alignment.run.hub
     from alignment.preference import reference
     from alignment.preference.trainer import PairTrainer
     from on_policy_data_gen import joining, pair_data, responses
@@ -305,6 +306,7 @@ def places() -> dict[str, tuple[Any, str]]:
         "figures": (PairTrainer, "save_metrics"),
         "the end": (alignment.pipeline, "save"),
         "pushing": (alignment.pipeline, "push_run"),
+        "uploading": (alignment.run.hub, "awaited"),
     }
 
 

@@ -5,7 +5,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -75,12 +75,14 @@ class Prepared(NamedTuple):
     """Lines about its tokens; the first one is there for every split."""
 
 
-def tokenized_splits(kind: DataKind, tokenizer: PreTrainedTokenizerBase, run_: Run) -> dict[str, Dataset]:
-    """Token ids of the splits "train" and, where there is held-out data, "test"; one line about each.
+def tokenized_splits(
+    kind: DataKind, tokenizer: PreTrainedTokenizerBase, run_: Run, names: Collection[str] = (TRAIN, TEST)
+) -> dict[str, Dataset]:
+    """Token ids of the splits "train" and, where there is held-out data, "test", as far as `names` has them; a line about each.
 
     Raises UserError if they would train or evaluate nothing, or if what an earlier run left in the cache is damaged.
     """
-    splits = prepared_splits(kind, tokenizer, run_)
+    splits = prepared_splits(kind, tokenizer, run_, names)
     for name, split in splits.items():
         logger.info("%s: %s; %s", name, split.report, split.notes[0])
         for note in [*split.notes[1:], *split.report.places]:
@@ -88,7 +90,9 @@ def tokenized_splits(kind: DataKind, tokenizer: PreTrainedTokenizerBase, run_: R
     return {name: split.tokens for name, split in splits.items()}
 
 
-def prepared_splits(kind: DataKind, tokenizer: PreTrainedTokenizerBase, run_: Run) -> dict[str, Prepared]:
+def prepared_splits(
+    kind: DataKind, tokenizer: PreTrainedTokenizerBase, run_: Run, names: Collection[str] = (TRAIN, TEST)
+) -> dict[str, Prepared]:
     """Token ids of each split, with what they were made of and what is to be said about them.
 
     Raises UserError as tokenized_splits.
@@ -114,7 +118,7 @@ def prepared_splits(kind: DataKind, tokenizer: PreTrainedTokenizerBase, run_: Ru
                 do_eval=args.do_eval,
                 num_proc=run_.workers,
             )
-            for name, rows in conversations.items():
+            for name, rows in ((name, rows) for name, rows in conversations.items() if name in names):
                 tokens, texts, notes = kind.tokenize(name, rows, tokenizer, run_)
                 splits[name] = Prepared(tokens, texts, reports[name], notes)
     except Exception as error:  # what reads a torn file fails in its own way
@@ -122,7 +126,8 @@ def prepared_splits(kind: DataKind, tokenizer: PreTrainedTokenizerBase, run_: Ru
             raise UserError(message) from error
         raise
     stop_tokenizer_threads()
-    args.refuse_zero_steps(len(splits[TRAIN].tokens))
+    if TRAIN in splits:
+        args.refuse_zero_steps(len(splits[TRAIN].tokens))
     if args.do_eval and len(splits[TEST].tokens) == 0:
         raise UserError("test has no row left to evaluate on; --do_eval=false trains without")
     return splits

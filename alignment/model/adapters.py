@@ -244,13 +244,30 @@ def merge(adapter: Adapter, folder: Path, model_args: ModelArguments, tokenizer:
         merged = model.merge_and_unload()
         with weights_alone(merged):
             merged.save_pretrained(staged)
-    stop_at(merged, tokenizer, taught=False)
-    write_configs(merged, staged, came)
-    save_tokenizer(tokenizer, staged)
-    if (beside := files_of(adapter.base)) is not None:
-        copy_companions(beside, staged)
+    write_beside(merged, staged, came, tokenizer, [adapter.base])
     (staged / MERGED_FROM).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     staged.rename(folder)
+
+
+def write_beside(
+    merged: PreTrainedModel,
+    folder: Path,
+    came: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    sources: Iterable[Source],
+    *,
+    dtype: str | None = None,
+) -> None:
+    """What a merged model has beside its weights: configs, the tokenizer, and files that belong to the models in `sources`.
+
+    came: see `config_as_came`. dtype: of the weights that were saved, where they are not in the model's own.
+    """
+    stop_at(merged, tokenizer, taught=False)
+    write_configs(merged, folder, came, dtype=dtype)
+    save_tokenizer(tokenizer, folder)
+    for source in sources:
+        if (beside := files_of(source)) is not None:
+            copy_companions(beside, folder)
 
 
 def merge_facts(adapter: Adapter, dtype: str) -> dict[str, Any]:

@@ -75,7 +75,7 @@ def find_adapter(model_args: ModelArguments) -> Adapter | None:
     config = PeftConfig.from_pretrained(Path(config_file).parent)
     place = f"model_name_or_path = {source.name!r}"
     if config.peft_type != "LORA":
-        raise UserError(f"{place}: is an adapter of type {config.peft_type.value}; only LoRA adapters can be trained on")
+        raise UserError(f"{place}: is an adapter of type {config.peft_type.value}; only LoRA adapters can be used here")
     if not config.base_model_name_or_path:
         raise UserError(f"{place}: is an adapter that names no base; add base_model_name_or_path to its adapter_config.json")
     revision = model_args.base_model_revision or config.revision or "main"

@@ -99,12 +99,13 @@ class ScoredFirst(DurableTrainer):
 
     # ---- Before the first step ----
 
-    def settle_scoring(self) -> None:
+    def settle_scoring(self, rows: Dataset) -> None:
+        """Compare the scoring forward with the model's own on a few of the rows."""
         args, model = self.args, self.bare_model()
         settle_scoring(
             self.model_wrapped,
             whole_model(model),
-            list(self.train_dataset.select(range(min(PAIRS, len(self.train_dataset))))),
+            list(rows.select(range(min(PAIRS, len(rows))))),
             self.data_collator,
             pad=self.processing_class.pad_token_id or 0,
             half=args.bf16 or args.fp16 or model.dtype != torch.float32,
@@ -116,7 +117,7 @@ class ScoredFirst(DurableTrainer):
 
         Raises UserError if the checkpoint that is resumed lacks what the objective needs.
         """
-        self.settle_scoring()
+        self.settle_scoring(self.train_dataset)
         folder, wanted = self.step_zero_folder(), self.to_score()
         if self.state.global_step > 0:
             self.step_zero = load_step_zero(self.resumed / folder.name) if self.resumed else {}

@@ -6,17 +6,46 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch.distributed import DistError
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
+from ..errors import TrainingStopped, UserError
 from .signals import RunInterrupted
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # What usually fails, fails on all processes. The first one speaks, and its launcher ends the others while they wait.
 PATIENCE_S = 5.0
 TEARDOWN_S = 60.0
+
+
+@contextmanager
+def told(again: str) -> Iterator[None]:
+    """Around all that an entry point other than a run's does: what ends it is one message and an exit status.
+
+    2 for a user's mistake, 1 where work had to stop, 75 for Ctrl-C. again: what the same command would do then, a sentence.
+    """
+    try:
+        yield
+    except UserError as error:
+        sys.exit(report(error, status=2))
+    except KeyboardInterrupt:
+        sys.exit(report(RunInterrupted(f"stopped by SIGINT. {again}"), status=75))
+    except RunInterrupted as error:
+        sys.exit(report(error, status=75))
+    except TrainingStopped as error:
+        sys.exit(report(error, status=1))
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            record_crash(error)
+            raise
+        sys.exit(report(TrainingStopped(f"{error}. With room: {again}"), status=1))
+    except Exception as error:
+        record_crash(error)
+        raise
 
 
 def report(error: Exception, status: int) -> int:

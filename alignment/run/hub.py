@@ -1,15 +1,16 @@
 """Pushing to the Hub, which may be down, slow or closed to this token: it never costs a run anything that was trained."""
 
+import glob
 import logging
 import os
 import shlex
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import huggingface_hub
 import transformers.trainer
@@ -27,6 +28,7 @@ ANSWER_S = 30.0  # how long a start waits for the Hub
 PAUSES_S = (2.0, 8.0, 32.0, 128.0)  # between the attempts of the last push
 GRACE_S = 20.0  # for the end of a process that leaves a request behind
 THREAD = "push"
+RUNS_WAYS_OUT = "HF_TOKEN or --hub_token), another --hub_model_id, or --push_to_hub=false"
 LEFT_OUT = ("_*", f"{PREFIX_CHECKPOINT_DIR}-*", "training_args.bin")  # of a run's folder; "*" also stands for slashes
 # What makes a model out of a checkpoint's files.
 MODEL_FILES = (
@@ -34,8 +36,30 @@ MODEL_FILES = (
 )  # fmt: skip
 
 
+class Destination(Protocol):
+    """Where a folder is sent, in the words of TrainingArguments; hub_token None: what `hf auth login` or HF_TOKEN gave."""
+
+    output_dir: str | None
+    hub_model_id: str | None
+    hub_token: str | None
+    hub_private_repo: bool | None
+    hub_revision: str | None
+    hub_minutes: float
+
+
 def check_hub(args: TrainingArguments) -> None:
-    """Ask for the repository, which is made if there is none; one that does not answer now is asked again later.
+    """`refuse_closed_hub` before a run; one that does not answer now is asked again later."""
+    if (why := refuse_closed_hub(args, "push_to_hub = True", RUNS_WAYS_OUT)) is not None:
+        logger.warning(
+            "The Hub could not be asked for %s: %s. Training goes on, and the push at the end asks again.",
+            repository_name(args), why,
+        )  # fmt: skip
+
+
+def refuse_closed_hub(args: Destination, place: str, ways_out: str) -> str | None:
+    """Ask for the repository, which is made if there is none. Returns why it could not be asked, if so.
+
+    place: the setting that asks for it. ways_out: where else a token may come from, and what else can be done.
 
     Raises UserError if its name is none, or if the Hub says that this token may not write there.
     """
@@ -50,16 +74,10 @@ def check_hub(args: TrainingArguments) -> None:
         raise UserError(f"hub_model_id = {repository_name(args)!r}: {error}")
     if status_code(error) in (401, 403):
         raise UserError(
-            f"push_to_hub = True: the Hub does not let this token write to {repository_name(args)!r} "
-            f"({reason(error, args)}). Give one that may (`hf auth login`, HF_TOKEN or --hub_token), another --hub_model_id, "
-            "or --push_to_hub=false"
+            f"{place}: the Hub does not let this token write to {repository_name(args)!r} "
+            f"({reason(error, args)}). Give one that may (`hf auth login`, {ways_out}"
         )
-    if error is not None:
-        logger.warning(
-            "The Hub could not be asked for %s: %s. Training goes on, and the push at the end asks again.",
-            repository_name(args),
-            reason(error, args),
-        )
+    return None if error is None else reason(error, args)
 
 
 def push_checkpoint(args: TrainingArguments, checkpoint: Path, before: Future | None) -> Future:
@@ -84,10 +102,11 @@ def push_checkpoint(args: TrainingArguments, checkpoint: Path, before: Future | 
     return push
 
 
-def push_run(args: TrainingArguments, stop: StopSignals, before: Future | None = None) -> None:
+def push_run(args: Destination, stop: StopSignals, before: Future | None = None, only: Sequence[str] | None = None) -> None:
     """Send a finished run's folder, again after a pause where that may help, for hub_minutes in all.
 
-    before: a push that is still on its way, and that must not overwrite this one later.
+    before: a push that is still on its way, and that must not overwrite this one later. only: files of the folder, by their
+    paths in it; None: all that a run leaves but LEFT_OUT, and checkpoints as hub_strategy says.
     Raises TrainingStopped if it stays without success, RunInterrupted if a signal comes first.
     """
     deadline = time.monotonic() + 60 * args.hub_minutes
@@ -96,7 +115,7 @@ def push_run(args: TrainingArguments, stop: StopSignals, before: Future | None =
     for pause in (0.0, *PAUSES_S) if is_free else ():
         if not paused(pause, deadline, stop):
             break
-        attempt = in_background(lambda: upload_run(args))
+        attempt = in_background(lambda: upload_run(args) if only is None else upload_files(args, only))
         if not awaited(attempt, deadline, stop):
             why = too_long
             break
@@ -109,15 +128,16 @@ def push_run(args: TrainingArguments, stop: StopSignals, before: Future | None =
         if not may_pass(error):
             break
     saved = f"this run is finished, and all of it is saved in {args.output_dir}"
-    again = f"The same command does only that; or\n{hf_upload(args)}"
+    again = f"The same command does only that; or\n{hf_upload(args, only)}"
     if stop.received:
         raise RunInterrupted(f"stopped by {stop.received.name}: {saved}, but not pushed to the Hub. {again}")
     raise TrainingStopped(f"{saved}, but it could not be pushed to the Hub: {why}. {again}")
 
 
-def hf_upload(args: TrainingArguments) -> str:
+def hf_upload(args: Destination, only: Sequence[str] | None = None) -> str:
     """The shell command that does what push_run does, token and checkpoints aside."""
-    options = [f"--exclude={pattern}" for pattern in LEFT_OUT]
+    chosen = [f"--include={glob.escape(path)}" for path in only or ()]
+    options = chosen or [f"--exclude={pattern}" for pattern in LEFT_OUT]
     options += [f"--revision={args.hub_revision}"] if args.hub_revision else []
     options += ["--private"] if args.hub_private_repo else []
     return shlex.join(["hf", "upload", repository_name(args), args.output_dir, ".", *options])
@@ -126,20 +146,20 @@ def hf_upload(args: TrainingArguments) -> str:
 # ---- Requests ----
 
 
-def repository_name(args: TrainingArguments) -> str:
+def repository_name(args: Destination) -> str:
     return args.hub_model_id or Path(args.output_dir).absolute().name
 
 
-def create_repository(args: TrainingArguments) -> str:
-    """Its full name, whether it was there or not."""
-    # The Trainer's client, which tells the Hub what pushes.
-    repository = transformers.trainer.hf_api().create_repo(
-        repository_name(args), token=args.hub_token, private=args.hub_private_repo, exist_ok=True
-    )
-    return repository.repo_id
+def create_repository(args: Destination) -> str:
+    """Its full name, whether it was there or not; and the branch that hub_revision names."""
+    client = transformers.trainer.hf_api()  # the Trainer's, which tells the Hub what pushes
+    name = client.create_repo(repository_name(args), token=args.hub_token, private=args.hub_private_repo, exist_ok=True).repo_id
+    if args.hub_revision is not None:
+        client.create_branch(name, branch=args.hub_revision, token=args.hub_token, exist_ok=True)
+    return name
 
 
-def upload(args: TrainingArguments, folder: Path, message: str, **choice: Any) -> None:
+def upload(args: Destination, folder: Path, message: str, **choice: Any) -> None:
     transformers.trainer.hf_api().upload_folder(
         repo_id=create_repository(args),
         folder_path=str(folder),
@@ -167,6 +187,11 @@ def upload_run(args: TrainingArguments) -> None:
         upload_state(args, checkpoint)
 
 
+def upload_files(args: Destination, paths: Sequence[str]) -> None:
+    """These files of the folder, and no others."""
+    upload(args, Path(args.output_dir), "Model, tokenizer and card", allow_patterns=[glob.escape(path) for path in paths])
+
+
 def status_code(error: BaseException | None) -> int | None:
     return error.response.status_code if isinstance(error, HfHubHTTPError) else None
 
@@ -179,7 +204,7 @@ def may_pass(error: BaseException) -> bool:
     return code >= 500 or code in (408, 409, 412, 429)  # the last but one: somebody else's commit came in between
 
 
-def reason(error: BaseException, args: TrainingArguments) -> str:
+def reason(error: BaseException, args: Destination) -> str:
     """One line without a token, whatever the Hub answered."""
     line = " ".join(str(error).split()) or type(error).__name__
     for token in filter(None, (args.hub_token, huggingface_hub.get_token())):

@@ -2,6 +2,7 @@
 
 import os
 import pty
+import shutil
 import subprocess
 import sys
 
@@ -37,6 +38,42 @@ def test_a_file_of_prompts_is_answered_by_a_model_and_otherwise_by_an_adapter(se
         assert [row["messages"][:-1] for row in rows] == [row["chosen"][:-1] for row in builders.pairs(5)]
         texts.append([row["messages"][-1]["content"] for row in rows])
     assert texts[0] != texts[1]
+
+
+def test_a_checkpoint_answers_in_the_template_that_is_saved_with_it(server, workspace, tmp_path):
+    """Weights, tokenizer and what only training reads, as a checkpoint has them."""
+    checkpoint = tmp_path / "run/checkpoint-2"
+    shutil.copytree(workspace / "model", checkpoint)
+    (checkpoint / "trainer_state.json").write_text("{}")
+    (checkpoint / "chat_template.jinja").write_text(
+        "{% for m in messages %}<|start_header_id|>{{ m['content'] }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}<|end_header_id|>{% endif %}"
+    )
+    texts = {}
+    for name, model in (("whole", workspace / "model"), ("checkpoint", checkpoint)):
+        output = tmp_path / f"{name}.jsonl"
+        command = (str(model), f"--input={workspace / 'prompts.jsonl'}", f"--output={output}", "--max_tokens=6", "--use_cpu")
+        ended = server.run(*command, "--temperature=0", method=GENERATE)
+        assert ended.status == 0, ended.printed
+        texts[name] = [row["messages"][-1]["content"] for row in read_jsonl(output)]
+    assert texts["checkpoint"] != texts["whole"]
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "told"),
+    [
+        ([], 2, "name a MODEL"),
+        (["--temperature=0"], 2, "name a MODEL"),
+        (["no/such/folder/anywhere", "--use_cpu"], 2, "no/such/folder/anywhere"),
+        (["--help"], 0, "--help_all lists every option"),
+        (["--help_all"], 0, "--vllm_python"),
+    ],
+)
+def test_who_names_no_model_or_asks_for_help_gets_a_short_answer(server, words, status, told):
+    ended = server.run(*words, method=GENERATE)
+    assert ended.status == status
+    assert told in ended.printed
+    assert "Traceback" not in ended.printed
 
 
 def test_half_of_a_file_pair_is_refused(server, workspace):

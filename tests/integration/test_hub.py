@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -61,7 +62,7 @@ def hub_environment(hub: FakeHub) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def server(one_hub, tmp_path_factory) -> Iterator[Server]:
-    server = Server(tmp_path_factory.mktemp("server"), **hub_environment(one_hub))
+    server = Server(tmp_path_factory.mktemp("server"), HF_TOKEN=SECRET, **hub_environment(one_hub))
     yield server
     server.close()
 
@@ -243,3 +244,116 @@ def test_a_name_that_no_repository_can_have_is_refused(start, hub, tmp_path):
     ended = start("--hub_model_id=me/my/run")
     assert ended.status == 2
     assert "hub_model_id = 'me/my/run'" in ended.printed
+
+
+# ---- A finished run, afterwards ----
+
+
+PUSH = "scripts/push_run.py"
+
+
+@pytest.fixture(scope="module")
+def finished(server, recipe, tmp_path_factory) -> Path:
+    """A run that nobody asked to push."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    ended = server.run(str(recipe), f"--output_dir={folder}", "--push_to_hub=false")
+    assert ended.status == 0, ended.printed
+    (folder / "notes.txt").write_text("my own")
+    return folder
+
+
+def push(server: Server, folder: Path, *options: str, **sabotage: Any) -> Ended:
+    ended = server.run(str(folder), *options, method=PUSH, **sabotage)
+    assert SECRET not in ended.printed
+    assert "Traceback" not in ended.printed, ended.printed
+    return ended
+
+
+MODEL_ALONE = {
+    "README.md", "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+    "tokenizer_config.json",
+}  # fmt: skip
+
+
+def test_a_list_says_what_would_be_sent_and_asks_the_hub_for_nothing(server, hub, finished):
+    ended = push(server, finished, "--list", "--private", "--hub_revision=dev")
+    assert ended.status == 0, ended.printed
+    assert f"{NAME}, branch dev, private: {len(MODEL_ALONE)} files" in ended.printed
+    would, _, stay = ended.printed.partition("These would stay here: ")
+    assert {line.split()[-1] for line in would.splitlines() if line.startswith("  ")} == MODEL_ALONE
+    for name in ("checkpoint-4/", "recipe.yaml", "metrics.jsonl", "notes.txt", "_run/"):
+        assert name in stay
+    assert not hub.asked
+
+
+def test_a_finished_run_is_sent_without_its_records_and_checkpoints(server, hub, finished):
+    ended = push(server, finished)
+    assert ended.status == 0, ended.printed
+    assert set(hub.repositories[NAME]) == MODEL_ALONE
+    assert hub.repositories[NAME]["model.safetensors"] == (finished / "model.safetensors").read_bytes()
+    assert hub.tokens == {SECRET}
+    assert read_status(finished)["pushed"] is True
+
+
+def test_records_and_checkpoints_are_sent_where_they_are_asked_for_to_the_branch_that_is_named(server, hub, finished):
+    ended = push(server, finished, "--records", "--checkpoints", "--hub_revision=dev", "--hub_model_id=me/other")
+    assert ended.status == 0, ended.printed
+    assert hub.repositories["me/other"] == {}
+    sent = set(hub.repositories["me/other@dev"])
+    assert sent >= MODEL_ALONE | {"recipe.yaml", "metrics.jsonl", *(f"checkpoint-4/{name}" for name in CHECKPOINT)}
+    assert not [path for path in sent if path.startswith("_run") or "training_args" in path or path == "notes.txt"]
+
+
+def test_a_merged_model_is_sent_though_it_is_no_run(server, hub, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "merged", ignore=shutil.ignore_patterns("checkpoint-*", "_run"))
+    (tmp_path / "merged/merged_from.json").write_text("{}")
+    ended = push(server, tmp_path / "merged", "--hub_model_id=me/merged")
+    assert ended.status == 0, ended.printed
+    assert set(hub.repositories["me/merged"]) == MODEL_ALONE
+    assert not (tmp_path / "merged/_run").exists()
+
+
+def test_a_push_that_is_stopped_says_how_to_go_on(server, hub, finished):
+    stop = {"place": "uploading", "number": 1, "ranks": [0], "delays": [0.0], "names": ["SIGTERM"]}
+    ended = push(server, finished, sabotage="signal_in", **stop)
+    assert ended.status == 75, ended.printed
+    assert f"hf upload {NAME} {finished} . --include=README.md" in ended.printed
+    assert "model.safetensors" not in hub.repositories[NAME]
+
+
+@pytest.mark.parametrize("kind", ["nothing", "another folder", "half a run", "an adapter of a folder"])
+def test_what_is_no_finished_run_that_others_can_use_is_refused(server, hub, finished, tmp_path, kind):
+    folder = tmp_path / "run"
+    if kind != "nothing":
+        shutil.copytree(finished, folder, ignore=shutil.ignore_patterns("checkpoint-*", "_run"))
+    if kind in ("half a run", "an adapter of a folder"):
+        (folder / "_run").mkdir()
+        state = "training" if kind == "half a run" else "finished"
+        (folder / "_run/status.json").write_text(json.dumps({"state": state}))
+    if kind == "an adapter of a folder":
+        (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "/models/sft"}))
+    told = {
+        "nothing": "there is no such folder",
+        "another folder": "is neither a run's folder nor a model that scripts/merge_adapter.py left",
+        "half a run": "this run is not finished: training",
+        "an adapter of a folder": f"scripts/merge_adapter.py {folder} MERGED",
+    }
+    ended = push(server, folder)
+    assert ended.status == 2
+    assert told[kind] in ended.printed
+    assert not hub.asked
+
+
+def test_a_token_that_may_not_write_is_the_user_s_mistake_and_a_hub_that_is_down_is_not(server, hub, finished):
+    hub.trouble = {"permission": Trouble(403)}
+    ended = push(server, finished)
+    assert ended.status == 2
+    assert f"hub_model_id = '{NAME}': the Hub does not let this token write" in ended.printed
+    assert "or HF_TOKEN) or another --hub_model_id" in ended.printed
+    hub.down()
+    try:
+        ended = push(server, finished)
+    finally:
+        hub.up()
+    assert ended.status == 1
+    assert "Nothing was sent" in ended.printed

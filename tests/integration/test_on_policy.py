@@ -17,6 +17,7 @@ from tests.workspaces import fake_vllm_python, read_jsonl, save_model, write_rec
 
 RUN, DECODE = "scripts/run_on_policy.py", "on_policy_data_gen/decode.py"
 POST_PROCESS, ANNOTATE = "on_policy_data_gen/post_process.py", "on_policy_data_gen/reward_model_annotate.py"
+REVIEW, SCORE = "scripts/review_run.py", "scripts/score_pairs.py"
 PROMPTS = 9
 
 
@@ -86,7 +87,9 @@ def assert_same_data(folder: Path, other: Path) -> None:
     assert not [*(folder / "_stages").glob("*.jsonl")]
 
 
-def test_data_of_a_chain_that_is_killed_in_every_stage_is_the_unbroken_ones_and_trains(server, recipe, unbroken, tmp_path):
+def test_data_of_a_chain_that_is_killed_in_every_stage_is_the_unbroken_ones_and_trains_and_is_reviewed(
+    server, recipe, unbroken, tmp_path
+):
     data = tmp_path / "data"
     kills = [
         {"sabotage": "tear_row", "number": 4},  # sampling, in the middle of a row
@@ -105,8 +108,15 @@ def test_data_of_a_chain_that_is_killed_in_every_stage_is_the_unbroken_ones_and_
     simpo = write_recipe(tmp_path, simpo_keys(recipe, data))
     ends(server.run(str(simpo), sabotage="die_in", place="training", number=3, ranks=[0]), -9)
     ends(server.run(str(simpo)))
-    pairs = read_jsonl(tmp_path / "run/eval_pairs.jsonl")
-    assert len({row["prompt_sha256"] for row in pairs}) == len(load_from_disk(data / "pairs/test"))
+    run, scored = tmp_path / "run", tmp_path / "scored"
+    pairs = read_jsonl(run / "eval_pairs.jsonl")
+    assert len({row["prompt_sha256"] for row in pairs}) == len(load_from_disk(data / "pairs/test")) == 2
+    assert "no verdict: too few held-out prompts" in ends(server.run(str(run), method=REVIEW))
+    assert "2 pairs" in (run / "review.md").read_text()
+    assert (run / "report.html").is_file()
+
+    ends(server.run(str(run), str(run / "recipe.yaml"), f"--output={scored}", method=SCORE))
+    assert read_jsonl(scored / "eval_pairs.jsonl") == [row for row in pairs if row["step"] > 0]
 
 
 def simpo_keys(recipe: Path, data: Path) -> dict[str, Any]:

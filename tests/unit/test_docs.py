@@ -2,10 +2,15 @@
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import scripts.generate
+import scripts.merge_adapter
+import scripts.push_run
+import scripts.score_pairs
 from tests.workspaces import recipe_keys, save_workspace, write_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -32,3 +37,23 @@ def test_the_objective_that_the_guide_adds_trains(tmp_path):
     assert json.loads((tmp_path / "run/environment.json").read_text())["objective"]["name"] == "Toy"
     records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert any("rewards/margins" in record for record in records)
+
+
+def test_the_commands_for_after_a_run_are_read_by_their_entry_points():
+    page = (ROOT / "docs/after-a-run.md").read_text(encoding="utf-8")
+    parsers = {
+        "generate": scripts.generate.short_help(),
+        "merge_adapter": scripts.merge_adapter.parser(),
+        "push_run": scripts.push_run.parser(),
+        "score_pairs": scripts.score_pairs.parser(),
+    }
+    read = []
+    for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL):
+        for line in block.splitlines():
+            _, script, *words = shlex.split(re.sub(r"[\[\]]|\.\.\.", "", line), comments=True)
+            assert (ROOT / script).is_file()
+            if (parser := parsers.get(Path(script).stem)) is not None:
+                _, unknown = parser.parse_known_args(words)
+                assert set(unknown) <= ({"--key=value", "--preprocessing=exact"} if "score" in script else set())
+                read.append(Path(script).stem)
+    assert {*read} == {*parsers}

@@ -99,6 +99,7 @@ ORDER = {
         "dry_run",
     ],
     "pipeline": [],
+    "afterwards": ["command", "merging", "scoring", "pushing"],
     "ablation": [
         "matrix",
         "cells",

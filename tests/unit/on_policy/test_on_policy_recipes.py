@@ -15,7 +15,7 @@ RECIPES = sorted((Path(__file__).parents[3] / "training_configs/on-policy").glob
 def test_every_recipe_parses_and_begins_with_its_command(path):
     H4ArgumentParser(KINDS).parse([str(path)])
     command = f"# python scripts/run_on_policy.py training_configs/on-policy/{path.name}"
-    assert path.read_text(encoding="utf-8").splitlines()[1].startswith(command)
+    assert path.read_text(encoding="utf-8").splitlines()[0].startswith(command)
 
 
 def test_the_llama_recipe_has_the_published_settings():

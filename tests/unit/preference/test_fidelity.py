@@ -50,7 +50,7 @@ def test_what_the_head_knows_is_measured_and_kept(kind, caplog):
     packed = kind != "mixtral"
     if packed:
         use_shared_prompts(model)
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="alignment"):
         settle(model, PackedCollator() if packed else None)
     assert not getattr(model, "scores_plainly", False)
     assert f"{'padded and packed' if packed else 'padded'} rows give what the model's plain forward says" in caplog.text

@@ -105,9 +105,9 @@ def read(name: str) -> dict[str, Any]:
 
 
 def launch_command(name: str) -> list[str]:
-    """The words of the second line: [...] --config_file LAUNCHER SCRIPT RECIPE, without its options for one process."""
-    line = recipe_text(name).splitlines()[1]
-    assert "accelerate launch --config_file " in line, "the second line is not the command that launches the recipe"
+    """The words of the first line: [...] --config_file LAUNCHER SCRIPT RECIPE, without its options for one process."""
+    line = recipe_text(name).splitlines()[0]
+    assert "accelerate launch --config_file " in line, "the first line is not the command that launches the recipe"
     return [word for word in line.removeprefix("# ").split() if word not in ("--cpu", "--num_processes=1")]
 
 

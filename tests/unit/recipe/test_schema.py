@@ -40,8 +40,8 @@ def validators(schemas) -> dict[str, Draft202012Validator]:
 
 
 def named_schema(path: Path) -> Path:
-    first = NAME.match(path.read_text(encoding="utf-8").splitlines()[0])
-    assert first, f"{path}: its first line names no schema"
+    first = NAME.match(path.read_text(encoding="utf-8").splitlines()[1])
+    assert first, f"{path}: its second line names no schema"
     return (path.parent / first[1]).resolve()
 
 
