@@ -8,6 +8,7 @@ from pathlib import Path
 from accelerate import PartialState
 from transformers import TextStreamer
 
+from alignment.data.prompts import prompt_of
 from alignment.data.template import Turns
 from alignment.errors import Problem, UserError
 from alignment.recipe.values import expanded
@@ -16,7 +17,7 @@ from alignment.run.run_folder import today
 from .configs import PolicyArguments, PromptArguments, path_problems, refuse
 from .engines import check_engine, open_engine
 from .in_process import TransformersEngine
-from .prompts import prompt_of, read_prompts
+from .prompts import read_prompts
 from .responses import sample, stage_settings
 from .sampling import make_requests, policy_tokenizer, positions, sampling_of
 from .stages import finish, stage, write_lines

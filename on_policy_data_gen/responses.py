@@ -11,12 +11,13 @@ from typing import Any
 from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase
 
+from alignment.data.prompts import Prompt, as_published
 from alignment.model.adapters import start_identity
 from alignment.run.run_folder import today
 
 from .configs import PolicyArguments, PromptArguments
 from .engines import check_engine, open_engine
-from .prompts import Prompt, as_published, read_prompts
+from .prompts import read_prompts
 from .sampling import Engine, Request, Sampling, make_requests, policy_tokenizer, positions, sampling_of
 from .stages import FOLDER, Stage, finish, read_record, share, stage, write_rows
 
