@@ -11,7 +11,7 @@ from alignment.data.prompts import Prompt, as_read
 from alignment.data.splits import templated_tokenizer
 from alignment.errors import UserError
 from alignment.model.endings import end_of_turn
-from alignment.model.loading import check_model_path, weights_source
+from alignment.model.loading import weights_source
 
 from .configs import PolicyArguments
 
@@ -74,12 +74,6 @@ def stop_ids(args: PolicyArguments, tokenizer: PreTrainedTokenizerBase) -> list[
         named = None
     ids = [tokenizer.eos_token_id, end_of_turn(tokenizer), *(named if isinstance(named, list) else [named])]
     return [number for number in dict.fromkeys(ids) if number is not None]
-
-
-def positions(args: PolicyArguments) -> int | None:
-    """How many tokens the model has positions for, prompt and response together; None where it does not say."""
-    config = check_model_path(args.model_arguments()).get_text_config()
-    return getattr(config, "max_position_embeddings", None)
 
 
 def make_requests(

@@ -96,6 +96,7 @@ ORDER = {
         "records",
         "trainer",
     ],
+    "watch": ["settings", "rules", "warnings", "samples"],
     "leaving": [],
     "preflight": [
         "settings",
