@@ -29,7 +29,7 @@ from ..preference.fidelity import evaluating
 from ..recipe.configs import Run
 from ..report.review.reading import SAMPLES_FILE
 from ..run.durable import DurableTrainer, EvaluationCut
-from ..run.records import write_jsonl
+from ..run.records import replace_jsonl
 from ..run.trackers import tell_replies
 
 logger = logging.getLogger(__name__)
@@ -191,10 +191,8 @@ class Samples(TrainerCallback):
 
     def write(self) -> None:
         """In one move. A full disk costs rows, and not the run."""
-        draft = self.path.with_name(f"{self.path.name}.new")
         try:
-            write_jsonl(draft, self.rows)
-            draft.replace(self.path)
+            replace_jsonl(self.path, self.rows)
         except OSError as error:
             if self.is_complete:
                 logger.warning("%s cannot be written (%s) and lacks replies from here on.", self.path, error.strerror)

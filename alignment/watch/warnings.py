@@ -14,7 +14,7 @@ from ..preference.trainer import PairTrainer
 from ..report.review.pairs import Pairs, pairs_of
 from ..report.review.reading import HELD_OUT_FILE, PROBE_FILE, WARNINGS_FILE
 from ..run.durable import DurableTrainer
-from ..run.records import write_jsonl
+from ..run.records import replace_jsonl
 from .rules import Still, fallen, fallen_in_log, right_ones, spike, stands_still
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ class Warnings(TrainerCallback):
 
     def keep(self, path: Path, rows: list[dict[str, Any]]) -> None:
         try:
-            write_jsonl(path, rows)
+            replace_jsonl(path, rows)
         except OSError as error:
             logger.warning("%s cannot be written (%s).", path, error.strerror)
 
