@@ -297,7 +297,7 @@ class RunArguments(DryRunArguments):
         metadata={"help": "How long the push at the end may take; past it, the run ends with the command for it."},
     )
 
-    sample_prompts: list[Any] | str | None = field(
+    sample_prompts: list[str | list[dict[str, Any]]] | str | None = field(
         default=None,
         metadata={
             "help": "Prompts that are replied to before the first step, at each evaluation and at the end, into samples.jsonl "
