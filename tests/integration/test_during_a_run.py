@@ -1,7 +1,6 @@
 """While a run trains: replies to fixed prompts, and warnings; neither moves a number of its training, or is said twice."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,19 +18,6 @@ PROMPTS = ["the river", [{"role": "user", "content": "a mountain of weather"}], 
 NEW_TOKENS = 8
 SAMPLES = [f"--sample_prompts={json.dumps(PROMPTS)}", f"--sample_max_new_tokens={NEW_TOKENS}"]
 STEPS = [0, 3, 6, 8]
-
-
-@pytest.fixture(scope="module")
-def unbroken(server, recipe, tmp_path_factory) -> Callable[..., Path]:
-    folders: dict[tuple[str, ...], Path] = {}
-
-    def of(*options: str) -> Path:
-        if options not in folders:
-            folders[options] = tmp_path_factory.mktemp("unbroken")
-            go_on(server, recipe, folders[options], *options)
-        return folders[options]
-
-    return of
 
 
 def samples(folder: Path) -> list[dict]:
