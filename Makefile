@@ -8,13 +8,14 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 OLD_TORCH := .venv-torch-2.11
 OLD_READER := .venv-transformers-4
+ALPACA_EVAL := .venv-alpaca-eval
 NEWEST := .venv-newest
 # The torch of test-newest, where the newest is too large to try: make test-newest TORCH=torch==2.13.0
 TORCH ?= torch
 # One stamp for each set of extras, so that asking for another set installs it.
 STAMP := $(VENV)/installed-$(EXTRAS)
 
-.PHONY: setup quickstart ablation test test-all test-trackers test-transformers-4 test-newest test-torch-2.11 style bench review-proof gpu-proof
+.PHONY: setup quickstart ablation test test-all test-trackers test-transformers-4 test-evaluation test-newest test-torch-2.11 style bench review-proof gpu-proof
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -37,7 +38,7 @@ ablation: $(STAMP)
 	@$(RUN) scripts/run_ablation.py training_configs/ablations/quickstart.yaml
 
 # What `make test` leaves to the targets below it.
-APART := --ignore=tests/trackers --ignore=tests/readers --ignore=tests/slow
+APART := --ignore=tests/trackers --ignore=tests/readers --ignore=tests/evaluation --ignore=tests/slow
 
 test: $(STAMP)
 	@$(RUN) -m pytest -n 2 --dist loadfile $(APART)
@@ -47,9 +48,19 @@ test-all: test
 	@$(RUN) -m pytest tests/slow
 	@$(MAKE) --no-print-directory test-transformers-4
 	@$(MAKE) --no-print-directory test-trackers EXTRAS=dev,trackers
+	@$(MAKE) --no-print-directory test-evaluation EXTRAS=dev,eval
 
 test-trackers: $(STAMP)
 	@$(RUN) -m pytest tests/trackers
+
+# lm-eval on a run's folder; and alpaca-eval on its answers, in an environment of its own.
+test-evaluation: $(STAMP) $(ALPACA_EVAL)/installed
+	@ALPACA_EVAL=$(ALPACA_EVAL)/bin/python $(RUN) -m pytest tests/evaluation
+
+$(ALPACA_EVAL)/installed:
+	@$(PYTHON) -m venv $(ALPACA_EVAL)
+	@$(ALPACA_EVAL)/bin/python -m pip install -qq --disable-pip-version-check alpaca-eval==0.6.6 'setuptools<81'
+	@touch $@
 
 # What a run leaves, read by transformers 4, which lives in an environment of its own.
 test-transformers-4: $(STAMP) $(OLD_READER)/installed

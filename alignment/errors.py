@@ -1,6 +1,8 @@
 """What a user can get wrong. A message here is complete: the place, the value, the way out; it is shown without a traceback."""
 
 import codecs
+import socket
+import ssl
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -9,6 +11,8 @@ class UserError(Exception):
     """A mistake in what the user gave: recipe, data, model path, environment. Entry points print it and exit with 2."""
 
 
+# What a connection fails with.
+NETWORK = (ConnectionError, TimeoutError, ssl.SSLError, socket.gaierror)
 SHOWN = 200  # characters of a value that a message quotes
 
 
@@ -24,6 +28,17 @@ def not_utf8(error: UnicodeDecodeError) -> str:
     is_utf16 = error.object.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     encoding = "utf-16" if is_utf16 else "cp1252" if byte < 0xA0 else "latin1"
     return f"is not UTF-8 (byte 0x{byte:02x}); save it as UTF-8, e.g. iconv -f {encoding} -t utf-8"
+
+
+def reason_of(error: BaseException, *, whole: bool = False) -> str:
+    """What an error says, in its first line or all in one; then what a failed connection, where it began, said of itself."""
+    root = error
+    while (behind := root.__cause__ or root.__context__) is not None:
+        root = behind
+    text = str(error).strip() or type(error).__name__
+    told = " ".join(text.split()) if whole else text.splitlines()[0]
+    is_hidden = isinstance(root, NETWORK) and str(root) not in text
+    return f"{told.rstrip('.')}: {root}" if is_hidden else told
 
 
 class Problem(NamedTuple):

@@ -61,7 +61,7 @@ def start_processes(*, use_cpu: bool) -> None:
 def set_up_logging() -> None:
     logging.basicConfig(format="%(asctime)s %(name)s %(levelname)s: %(message)s", datefmt="%H:%M:%S", stream=sys.stdout)
     is_main = PartialState().is_main_process
-    for name in ("alignment", "on_policy_data_gen", "scripts", "__main__"):
+    for name in ("alignment", "eval", "on_policy_data_gen", "scripts", "__main__"):
         logging.getLogger(name).setLevel(logging.INFO if is_main else logging.WARNING)
     transformers.utils.logging.set_verbosity_error()
     if not is_main:

@@ -17,8 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from alignment.data.mixing import counts_text
 from alignment.data.tokenization import encode_texts
-from alignment.errors import UserError
-from alignment.model.loading import first_line
+from alignment.errors import UserError, reason_of
 from alignment.model.tokenizer_files import load_as_written
 from alignment.run.run_folder import today
 
@@ -128,7 +127,7 @@ def measure(known: Provenance) -> tuple[str, Count]:
         try:
             tokenizer = load_as_written(name, revision, trust_remote_code=False)
         except (OSError, ValueError) as error:  # of an adapter, which has its base's; the card does without
-            logger.info("%s: no tokenizer to count lengths with (%s).", name, first_line(error))
+            logger.info("%s: no tokenizer to count lengths with (%s).", name, reason_of(error))
             continue
         return f"tokens of `{name}`", partial(token_counts, tokenizer)
     return "words", word_counts

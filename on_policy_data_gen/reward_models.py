@@ -16,8 +16,8 @@ from transformers import (
 
 from alignment.data.template import Turns, render
 from alignment.data.tokenization import Response, add_ends, encode_texts, writes_bos
-from alignment.errors import TrainingStopped, UserError
-from alignment.model.loading import check_attention, first_line
+from alignment.errors import TrainingStopped, UserError, reason_of
+from alignment.model.loading import check_attention
 from alignment.model.tokenizer_files import load_as_written
 
 from .armorm import ARCHITECTURE, ArmoRM, gate_mark, gate_place
@@ -77,7 +77,7 @@ def reward_config(args: RewardArguments) -> PreTrainedConfig:
 
 def unloadable(args: RewardArguments, what: str, error: Exception) -> str:
     return (
-        f"reward_model = {args.reward_model!r}: its {what} cannot be loaded ({first_line(error)}). Give a folder or a Hub "
+        f"reward_model = {args.reward_model!r}: its {what} cannot be loaded ({reason_of(error)}). Give a folder or a Hub "
         "name; a gated model needs `hf auth login`. Code that comes with a reward model is never run"
     )
 

@@ -49,7 +49,9 @@ class Answer(NamedTuple):
 
 
 class Engine(Protocol):
-    """What generates."""
+    """What generates. sampling may be another between two calls of answers."""
+
+    sampling: Sampling
 
     def answers(self, requests: Sequence[Request], seed: int) -> Iterator[Answer]: ...
 

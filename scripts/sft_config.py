@@ -22,6 +22,15 @@ TOKENIZED_BEFORE: dict[str, Rule] = {
 }
 
 
+BY_TOKENS: dict[str, Rule] = {
+    "max_tokens_per_micro_batch": (
+        lambda value: value in ("auto", None) or (not isinstance(value, str) and value > 0),
+        "must be positive, auto or null",
+    ),
+}
+WHOLE_ROWS = "auto or null: with packing every row has max_length tokens already; per_device_train_batch_size counts them"
+
+
 @dataclass
 class SFTConfig(RunArguments, trl.SFTConfig):
     """TRL's SFTConfig, with the Trainer's own defaults where TRL's surprise: no bf16, which a CPU may lack."""
@@ -30,13 +39,30 @@ class SFTConfig(RunArguments, trl.SFTConfig):
     gradient_checkpointing: bool | None = field(
         default=None, metadata={"help": "Recompute activations in the backward pass, to save memory."}
     )
+    max_tokens_per_micro_batch: int | str | None = field(
+        default="auto",
+        metadata={
+            "help": "Divide the conversations of a step into micro-batches of at most so many tokens, padding included, "
+            "instead of a fixed count; data order and steps stay. auto: on a GPU as many as per_device_train_batch_size "
+            "conversations of max_length tokens have; on a CPU or with packing null, the fixed count."
+        },
+    )
 
     @property
     def objective(self) -> Objective:
         return Objective("SFT", "Supervised fine-tuning", "-log p(token), mean over tokens", {})
 
     def problems(self) -> list[Problem]:
-        return super().problems() + rule_problems(self, TOKENIZED_BEFORE)
+        problems = super().problems() + rule_problems(self, TOKENIZED_BEFORE | BY_TOKENS)
+        if isinstance(tokens := self.max_tokens_per_micro_batch, int):
+            if self.packing:
+                problems.append(Problem("max_tokens_per_micro_batch", tokens, WHOLE_ROWS))
+            elif self.max_length is not None and tokens < self.max_length:
+                advice = (
+                    f"a conversation may have max_length = {self.max_length} tokens; give at least that, or lower max_length"
+                )
+                problems.append(Problem("max_tokens_per_micro_batch", tokens, advice))
+        return problems
 
     @classmethod
     def metrics(cls, values: Any) -> list[str]:

@@ -1,5 +1,6 @@
-"""SFTTrainer: TRL's, with this suite's checkpoints, its guards against numbers that are not finite, and its evaluation."""
+"""SFTTrainer: TRL's, with this suite's steps by tokens, checkpoints, guards against numbers not finite, and evaluation."""
 
+import logging
 from typing import Any
 
 import torch
@@ -9,15 +10,119 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput
 
+from alignment.errors import UserError
+from alignment.preference.by_tokens import StepsByTokens
+from alignment.preference.collate import Batch, Row, Rows, parts_by_tokens
+from alignment.preference.fitting import is_gpu
 from alignment.preference.metrics import RunningMeans
 from alignment.run.durable import DurableTrainer
-from alignment.run.guards import GuardedSteps
+
+logger = logging.getLogger(__name__)
 
 BATCH_MEANS = ("entropy", "mean_token_accuracy")  # TRL's, over the tokens of a batch of all processes
 
 
-class SFTTrainer(GuardedSteps, DurableTrainer, trl.SFTTrainer):
-    """Supervised fine-tuning on tokenized conversations; see trl.SFTTrainer."""
+class SFTTrainer(StepsByTokens, DurableTrainer, trl.SFTTrainer):
+    """Supervised fine-tuning on tokenized conversations; see trl.SFTTrainer.
+
+    Raises UserError for steps by tokens of a mixture of experts whose router loss is trained, and NonFiniteStep as the
+    trainers of pairs do.
+    """
+
+    max_tokens: int | None = None  # of a micro-batch; None: a fixed count of conversations
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.max_tokens = self.asked_tokens()
+        if self.max_tokens is not None:
+            logger.info("Steps are divided into micro-batches of at most %s tokens.", f"{self.max_tokens:,}")
+
+    def asked_tokens(self) -> int | None:
+        """What the recipe says; left open, what a micro-batch of its count takes at most, on a GPU."""
+        asked, length = self.args.max_tokens_per_micro_batch, self.args.max_length
+        if asked == "auto":
+            is_whole = self.args.packing or length is None or self.aux_loss_enabled
+            return None if is_whole or not is_gpu(self.args.device) else self.args.per_device_train_batch_size * length
+        if asked is not None and self.aux_loss_enabled:
+            raise UserError(
+                f"max_tokens_per_micro_batch = {asked}: this model's router loss is a mean over a micro-batch, and would be "
+                "another one; give null, or router_aux_loss_coef: 0"
+            )
+        return asked
+
+    # ---- Steps by tokens ----
+
+    def parts_of(self, rows: list[Row], at_least: int = 1) -> list[list[Row]]:
+        sizes = [len(row["input_ids"]) for row in rows]
+        parts = parts_by_tokens(sizes, self.max_tokens, at_least, is_padded=not self.data_collator.padding_free)
+        return [[rows[number] for number in part] for part in parts]
+
+    def weightless(self, batch: Batch) -> Batch:
+        return {**batch, "labels": torch.full_like(batch["labels"], -100)}
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """The micro-batches of a step, and its labels on all processes; by tokens, the last sample has all of them."""
+        samples, labels = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not samples or "rows" not in samples[0]:
+            return samples, labels
+        parts, rounds = self.divided_evenly([row for sample in samples for row in sample["rows"].rows])
+        batches = [self.data_collator(part) for part in parts]
+        _, labels = super().get_batch_samples(iter(batches), len(batches), device)
+        whole = {"micro_batches": parts, "rounds": rounds}
+        return [*({"micro_batches": []} for _ in samples[1:]), whole], labels
+
+    def divided_step(self, model: nn.Module, inputs: Batch, step: Any) -> Tensor:
+        """TRL's figures are means of micro-batches of one size; of these, means over their tokens."""
+        figures = self._metrics["train"]
+        begin, tokens = {name: len(figures[name]) for name in BATCH_MEANS}, self._total_train_tokens
+        try:
+            loss = super().divided_step(model, inputs, step)
+            parts, rounds = inputs["micro_batches"], inputs["rounds"]
+            counts = [sum(labelled(row) for row in part) for part in parts] + [0] * (rounds - len(parts))
+            counts.append(sum(len(row["input_ids"]) for part in parts for row in part))
+            *counts, seen = self.accelerator.reduce(torch.tensor(counts, device=self.args.device), reduction="sum").tolist()
+            means = {name: weighted_mean(figures[name][start:], counts) for name, start in begin.items()}
+        finally:  # also where the step begins again
+            for name, start in begin.items():
+                del figures[name][start:]
+            self._total_train_tokens = tokens
+        self._total_train_tokens += seen
+        figures["num_tokens"] = [self._total_train_tokens]
+        for name, mean in means.items():
+            figures[name].append(mean)
+        return loss
+
+    def _track_num_input_tokens(self, inputs: Batch) -> None:
+        """As the Trainer, of the micro-batches of a step."""
+        kind = self.args.include_num_input_tokens_seen
+        if kind == "no" or "micro_batches" not in inputs:
+            super()._track_num_input_tokens(inputs)
+            return
+        lengths = [[len(row["input_ids"]) for row in part] for part in inputs["micro_batches"]]
+        is_padded = kind == "all" and not self.data_collator.padding_free
+        count = sum(len(part) * max(part) if is_padded else sum(part) for part in lengths)
+        self.state.num_input_tokens_seen += self.accelerator.gather(torch.tensor(count, device=self.args.device)).sum().item()
+
+    def halve(self) -> bool:
+        """After a micro-batch did not fit: half the tokens, where nobody else would be left waiting; whether so."""
+        least = self.args.max_length or 1
+        if self.args.max_tokens_per_micro_batch != "auto" or self.args.world_size > 1 or self.max_tokens <= least:
+            return False
+        before, self.max_tokens = self.max_tokens, max(self.max_tokens // 2, least)
+        logger.warning(
+            "step %d: a micro-batch of %s tokens did not fit; from here on %s.",
+            self.state.global_step + 1, f"{before:,}", f"{self.max_tokens:,}",
+        )  # fmt: skip
+        return True
+
+    def smaller_batches(self) -> list[str]:
+        least = self.args.max_length or 1
+        if self.max_tokens is None:
+            return super().smaller_batches()
+        smaller = max(self.max_tokens // 2, least)
+        return (
+            [f"max_tokens_per_micro_batch: {smaller}: the same steps, divided by tokens"] if smaller < self.max_tokens else []
+        )
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -37,9 +142,15 @@ class SFTTrainer(GuardedSteps, DurableTrainer, trl.SFTTrainer):
     # ---- Evaluation: means over the tokens of all held-out rows, each row once on any number of processes ----
 
     def _get_dataloader(self, dataset: Dataset, description: str, *args: Any, **kwargs: Any) -> DataLoader:
-        if description == "Evaluation" and self.args.world_size > 1:
+        collator = self.data_collator
+        if description == "Training" and self.max_tokens is not None:
+            self.data_collator = undivided
+        elif description == "Evaluation" and self.args.world_size > 1:
             dataset = filled_up(dataset, self.args.eval_batch_size * self.args.world_size)
-        return super()._get_dataloader(dataset, description, *args, **kwargs)
+        try:
+            return super()._get_dataloader(dataset, description, *args, **kwargs)
+        finally:
+            self.data_collator = collator
 
     def evaluation_loop(
         self,
@@ -77,6 +188,22 @@ class SFTTrainer(GuardedSteps, DurableTrainer, trl.SFTTrainer):
     def restore_sums(self, sums: dict[str, Any]) -> None:
         self._metrics["train"].update(sums["metrics"])
         self._total_train_tokens = sums["num_tokens"]
+
+
+def undivided(rows: list[Row]) -> Batch:
+    """As they are, to be divided by tokens."""
+    return {"rows": Rows(rows)}
+
+
+def labelled(row: Row) -> int:
+    """Tokens of a row that are predicted and count."""
+    labels = row.get("labels", row["input_ids"])
+    return sum(label != -100 for label in labels[1:])
+
+
+def weighted_mean(values: list[float], weights: list[float]) -> float:
+    total = sum(weights)
+    return sum(value * weight for value, weight in zip(values, weights, strict=True)) / total if total else 0.0
 
 
 def filled_up(rows: Dataset, multiple: int) -> Dataset:

@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 from datasets import Dataset, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError, DatasetsError
+from huggingface_hub.errors import HTTPError
 
-from ..errors import UserError
+from ..errors import UserError, reason_of
 from .files import FORMATS, data_format, dataset_records, digest, file_records, kept_rows, local_path, plain_name
 
 TRAIN, TEST = "train", "test"
@@ -18,7 +19,7 @@ TRAIN, TEST = "train", "test"
 METADATA_FILES = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json"}
 TRAINING_WORD = re.compile(r"train|pretrain|finetrain")
 EVALUATION_WORDS = {"test", "tests", "testset", "validation", "valid", "val", "evaluation", "eval", "evals", "evalset", "dev"}
-LOADING_ERRORS = (OSError, ValueError, RuntimeError, DatasetsError)
+LOADING_ERRORS = (OSError, ValueError, RuntimeError, ImportError, HTTPError, DatasetsError)
 SHOWN = 5
 
 
@@ -223,7 +224,7 @@ def hub_rows(place: str, rows: Dataset) -> Rows:
 
 def one_line(error: Exception) -> str:
     cause = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
-    return " ".join(str(cause).split())
+    return reason_of(cause, whole=True)
 
 
 def load_rows(rows: Rows, columns: Sequence[str]) -> Dataset:

@@ -22,7 +22,7 @@ from transformers import (
 from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, cached_file
 
-from ..errors import UserError
+from ..errors import UserError, reason_of
 from ..launch.turns import one_process_at_a_time
 from ..recipe.configs import ModelArguments
 from .companions import copy_companions, files_of
@@ -35,7 +35,6 @@ from .loading import (
     Source,
     check_model_path,
     find_adapter,
-    first_line,
     load_policy,
     parameter_dtype,
     pinned,
@@ -110,7 +109,7 @@ def add_adapter(model: PreTrainedModel, config: LoraConfig, args: TrainingArgume
     try:
         return get_peft_model(prepare_base(model, args), config)
     except (ValueError, TypeError) as error:
-        raise UserError(f"peft cannot add this adapter to {model.name_or_path!r}: {first_line(error)}") from error
+        raise UserError(f"peft cannot add this adapter to {model.name_or_path!r}: {reason_of(error)}") from error
 
 
 def keep_4bit_layout(model: nn.Module) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub.errors import HTTPError
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from peft import PeftConfig
 from torch import nn
@@ -32,13 +33,15 @@ from transformers.utils import (
     find_adapter_config_file,
 )
 
-from ..errors import UserError
+from ..errors import UserError, reason_of
 from ..launch.launch import launcher_strategy, receives_weights
 from ..recipe.configs import DataArguments, ModelArguments
 from .tokenizer_files import load_as_written
 
 MERGED_BASE = "base"  # in the run folder: the model that an SFT adapter was merged into, and that a new adapter belongs to
 MERGED_FROM = "merged_from.json"
+# What reading a model may end in: its files, the Hub, the way to it (a proxy that needs a package, an address that is none).
+HUB_ERRORS = (OSError, ValueError, ImportError, HTTPError)
 SHARDED = {"zero3": "ZeRO-3", "fsdp1": "FSDP 1", "fsdp2": "FSDP 2"}  # strategies that divide parameters among processes
 FLASH_PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
 # Files that make a folder a model, also with an adapter beside them.
@@ -65,7 +68,7 @@ def find_adapter(model_args: ModelArguments) -> Adapter | None:
     source = Source(model_args.model_name_or_path, model_args.model_revision)
     try:
         config_file = find_adapter_config_file(source.name, revision=source.revision)
-    except (OSError, ValueError) as error:
+    except HUB_ERRORS as error:
         raise UserError(unloadable("configuration", source.name, error)) from error
     if config_file is None or any(Path(source.name, weights).is_file() for weights in WHOLE_WEIGHTS):
         return None
@@ -113,7 +116,7 @@ def load_tokenizer(model_args: ModelArguments, data_args: DataArguments) -> PreT
         path, revision = (path, revision) if own else adapter.base
     try:
         tokenizer = load_as_written(path, revision, trust_remote_code=model_args.trust_remote_code)
-    except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
+    except (*HUB_ERRORS, KeyError, TypeError, AttributeError) as error:
         key = "model_name_or_path" if model_args.tokenizer_name_or_path is None else "tokenizer_name_or_path"
         raise UserError(unloadable("tokenizer", path, error, key)) from error
     if tokenizer.pad_token_id is None:
@@ -126,7 +129,7 @@ def load_tokenizer(model_args: ModelArguments, data_args: DataArguments) -> PreT
 def unloadable(what: str, path: str, error: Exception, key: str = "model_name_or_path") -> str:
     nowhere = "there is no folder of this name, and no name on the Hub is like it" if is_nowhere(path) else None
     return (
-        f"{key} = {path!r}: its {what} cannot be loaded ({nowhere or first_line(error)}). Give a folder written by "
+        f"{key} = {path!r}: its {what} cannot be loaded ({nowhere or reason_of(error)}). Give a folder written by "
         "save_pretrained, or a Hub name; a gated model needs `hf auth login`, one with its own code trust_remote_code."
     )
 
@@ -138,10 +141,6 @@ def is_nowhere(path: str) -> bool:
     except HFValidationError:
         return not Path(path).is_dir()
     return False
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def check_attention(attn_implementation: str | None, *, use_cpu: bool) -> None:
@@ -221,12 +220,12 @@ def check_model_path(model_args: ModelArguments) -> PreTrainedConfig:
         path, revision = adapter.base
     try:
         config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=model_args.trust_remote_code)
-    except (OSError, ValueError) as error:
+    except HUB_ERRORS as error:
         if adapter is None:
             raise UserError(unloadable("configuration", path, error)) from error
         raise UserError(
             f"model_name_or_path = {adapter.source.name!r}: is a LoRA adapter of {path!r}, which cannot be loaded "
-            f"({first_line(error)}). Put the base there, or correct base_model_name_or_path in adapter_config.json; a gated "
+            f"({reason_of(error)}). Put the base there, or correct base_model_name_or_path in adapter_config.json; a gated "
             "model needs `hf auth login`."
         ) from error
     refuse_other_kinds(config, path, trust_remote_code=model_args.trust_remote_code)
@@ -252,7 +251,7 @@ def load_policy(path: str, **init_kwargs: Any) -> PreTrainedModel:
     try:
         load = unwritten_policy if can_stay_unwritten(path, init_kwargs) else AutoModelForCausalLM.from_pretrained
         model = load(path, **init_kwargs)
-    except (OSError, ValueError, ImportError) as error:
+    except HUB_ERRORS as error:
         raise UserError(unloadable("weights", path, error)) from error
     if model._hf_peft_config_loaded:  # transformers has put the adapter into its base, where nothing would train it
         raise UserError(f"{path!r} is a LoRA adapter; load it with peft's AutoPeftModelForCausalLM and give the model")

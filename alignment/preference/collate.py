@@ -120,22 +120,25 @@ class Rows:
 
 
 def divided(rows: list[Row], collator: PaddedCollator | PackedCollator, budget: int, at_least: int = 1) -> list[list[Row]]:
-    """The rows of a step in micro-batches of at most `budget` tokens each, as few and as even as that allows.
+    """The pairs of a step in micro-batches of at most `budget` tokens each; see `parts_by_tokens`."""
+    is_padded = isinstance(collator, PaddedCollator)
+    sizes = [2 * max(len(row[f"{side}_input_ids"]) for side in SIDES) if is_padded else packed_tokens(row) for row in rows]
+    return [[rows[number] for number in part] for part in parts_by_tokens(sizes, budget, at_least, is_padded=is_padded)]
 
-    at_least: how many micro-batches to make, where there are as many rows. A row that is over the budget stands alone.
+
+def parts_by_tokens(sizes: list[int], budget: int, at_least: int = 1, *, is_padded: bool) -> list[list[int]]:
+    """Numbers of the rows of each micro-batch of at most `budget` tokens, as few and as even as that allows.
+
+    sizes: tokens of each row by itself; is_padded: every row of a micro-batch is as long as its longest. at_least: how many
+    micro-batches to make, where there are as many rows. A row that is over the budget stands alone.
     """
-    if isinstance(collator, PaddedCollator):  # every row is as long as the longest
-        sizes = [2 * max(len(row[f"{side}_input_ids"]) for side in SIDES) for row in rows]
-        fill, tokens_of = filled_by_length, lambda part: len(part) * max(part)
-    else:
-        sizes = [packed_tokens(row) for row in rows]
-        fill, tokens_of = spread_evenly, sum
+    fill, tokens_of = (filled_by_length, lambda part: len(part) * max(part)) if is_padded else (spread_evenly, sum)
     budget = max(budget, *sizes)
-    for count in range(min(at_least, len(rows)), len(rows) + 1):
+    for count in range(min(at_least, len(sizes)), len(sizes) + 1):
         parts = fill(sizes, count)
         if all(tokens_of([sizes[number] for number in part]) <= budget for part in parts):
             break
-    return [[rows[number] for number in sorted(part)] for part in parts]
+    return [sorted(part) for part in parts]
 
 
 def spread_evenly(sizes: list[int], count: int) -> list[list[int]]:

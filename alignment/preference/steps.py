@@ -2,11 +2,9 @@
 
 import logging
 from collections.abc import Iterator
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
-from accelerate.utils import DistributedType
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -14,6 +12,7 @@ from transformers import TrainerCallback
 
 from ..data.prepare import longest_pair
 from ..errors import UserError
+from .by_tokens import StepsByTokens
 from .collate import Batch, PackedCollator, PaddedCollator, Row, RowCollator, TokenCounts, divided, on_device, token_counts
 from .fitting import FittedSteps
 from .metrics import RunningMeans
@@ -32,7 +31,7 @@ class StepSize(NamedTuple):
     whole_chosen_tokens: float | Tensor  # of prompt and response
 
 
-class DividedSteps(FittedSteps):
+class DividedSteps(StepsByTokens, FittedSteps):
     """A Trainer whose optimizer steps are divided into micro-batches of pairs; a subclass says what a micro-batch's loss is.
 
     The subclass has `throughput`, and appends to `step_sums` what it measures of each micro-batch: name -> sum and count.
@@ -44,10 +43,6 @@ class DividedSteps(FittedSteps):
         self.train_means = RunningMeans()
         self.step_sums: list[dict[str, tuple[Tensor, Tensor | int]]] = []  # of the running step's micro-batches
         super().__init__(*args, **kwargs)
-        self.reduces_each = self.accelerator.distributed_type == DistributedType.FSDP
-        if self.reduces_each:
-            # Gradients that wait for the step's last micro-batch are whole ones, on every GPU: 26 GB of them for 8B.
-            self.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
 
     def _get_dataloader(self, dataset: Dataset, description: str, batch_size: int, *args: Any, **kwargs: Any) -> DataLoader:
         """Batches of a fixed number of pairs; divided by tokens their rows, which `get_batch_samples` divides.
@@ -99,20 +94,16 @@ class DividedSteps(FittedSteps):
         else:
             parts, rounds = self.divided_evenly([row for sample in samples for row in sample["rows"].rows])
             counts = [token_counts(part, scores_prompt=self.data_collator.scores_prompt) for part in parts]
-            divided_step = {"micro_batches": parts, "token_counts": counts, "rounds": rounds}
-            samples = [*({"micro_batches": [], "token_counts": []} for _ in samples[1:]), divided_step]
+            whole = {"micro_batches": parts, "token_counts": counts, "rounds": rounds}
+            samples = [*({"micro_batches": [], "token_counts": []} for _ in samples[1:]), whole]
         self.throughput.counts += counts
         return samples, self.step_size(counts)
 
-    def divided_evenly(self, rows: list[Row]) -> tuple[list[list[Row]], int]:
-        """This process's rows in micro-batches within the budget, and how many the process with the most makes: as many."""
-        budget = self.max_tokens
-        parts = divided(rows, self.data_collator, budget)
-        if self.accelerator.num_processes == 1:
-            return parts, len(parts)
-        most = int(self.accelerator.gather(torch.tensor([len(parts)], device=self.args.device)).max())
-        even = divided(rows, self.data_collator, budget, at_least=most)
-        return even if len(even) <= most else parts, most
+    def parts_of(self, rows: list[Row], at_least: int = 1) -> list[list[Row]]:
+        return divided(rows, self.data_collator, self.max_tokens, at_least=at_least)
+
+    def weightless(self, batch: Batch) -> Batch:
+        return {**batch, "repeated": True}
 
     def step_size(self, counts: list[TokenCounts]) -> StepSize:
         sums = [float(sum(getattr(count, name) for count in counts)) for name in ("pairs", "chosen", "whole_chosen")]
@@ -120,44 +111,9 @@ class DividedSteps(FittedSteps):
             return StepSize(*sums)
         return StepSize(*self.accelerator.reduce(torch.tensor(sums, device=self.args.device), reduction="sum"))
 
-    def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: StepSize | None = None) -> Tensor:
-        """Forward and backward of a micro-batch, or of all of a step where the step is divided by tokens."""
-        if "micro_batches" not in inputs:
-            return super().training_step(model, inputs, num_items_in_batch)
-        if not inputs["micro_batches"]:
-            return torch.zeros((), device=self.args.device)
-        while True:
-            try:
-                return self.divided_step(model, inputs, num_items_in_batch)
-            except torch.OutOfMemoryError:
-                if not self.halve():
-                    raise
-            self.forget_step(model)
-            parts, rounds = self.divided_evenly([row for part in inputs["micro_batches"] for row in part])
-            inputs = {**inputs, "micro_batches": parts, "rounds": rounds}
-
     def forget_step(self, model: nn.Module) -> None:
-        """Let the running step begin again: a step begins without gradients."""
-        model.zero_grad()
+        super().forget_step(model)
         self.step_sums.clear()
-        self.step_rows.clear()
-        self.micro_batch = None
-        if self.args.device.type == "cuda":
-            torch.cuda.empty_cache()
-
-    def divided_step(self, model: nn.Module, inputs: Batch, step: StepSize | None) -> Tensor:
-        """The step's loss, after forward and backward of all its micro-batches."""
-        parts, losses = inputs["micro_batches"], []
-        for number in range(inputs["rounds"]):
-            last = number == inputs["rounds"] - 1
-            self.accelerator.gradient_state._set_sync_gradients(last)
-            with nullcontext() if last or self.reduces_each else self.accelerator.no_sync(model):
-                # Made while the GPU computes the one before. A process that has fewer repeats its last one, without weight:
-                # collectives come in equal numbers.
-                batch = on_device(self.data_collator(parts[min(number, len(parts) - 1)]), self.args.device)
-                batch = batch if number < len(parts) else {**batch, "repeated": True}
-                losses.append(super().training_step(model, batch, step))
-        return torch.stack(losses).sum()
 
     def _track_num_input_tokens(self, inputs: Batch) -> None:
         """As the Trainer, of batches that may be packed, or divided further."""

@@ -9,9 +9,9 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
 
-from ..errors import UserError
+from ..errors import UserError, reason_of
 from ..model.adapters import continues, lora_config
-from ..model.loading import FLASH_PACKAGES, find_adapter, first_line, parameter_dtype
+from ..model.loading import FLASH_PACKAGES, find_adapter, parameter_dtype
 from ..model.shared_prompt import why_not
 from ..model.text_part import freeze_other_parts, outside_text
 from ..model.vocabulary import highest_id, refuse_unknown_ids
@@ -48,7 +48,7 @@ def skeleton_of(model_args: ModelArguments, args: RunArguments, config: PreTrain
                 model = get_peft_model(model, adapter)
     except (ValueError, ImportError, TypeError) as error:
         raise UserError(
-            f"model_name_or_path = {model_args.model_name_or_path!r}: cannot be made ({first_line(error)})"
+            f"model_name_or_path = {model_args.model_name_or_path!r}: cannot be made ({reason_of(error)})"
         ) from error
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return Skeleton(model, config, dtype_of(model_args, args, config), used, count, trained, reason)

@@ -1,5 +1,6 @@
 """A run's folder: one process writes into it, and a file in it says how far the run is."""
 
+import glob
 import json
 import logging
 import os
@@ -35,7 +36,7 @@ WRITTEN = (
     "environment.json", "metrics.jsonl", "eval_pairs.jsonl", "probe_pairs.jsonl", "samples.jsonl", "warnings.jsonl",
     "nonfinite_rows.jsonl", "curves.png",
     "*_results.json", "trainer_state.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
-    "merges.txt", "*.jinja", "training_args.bin", "checkpoint-*", "base", "shards",
+    "merges.txt", "chat_template.jinja", "additional_chat_templates", "training_args.bin", "checkpoint-*", "base", "shards",
 )  # fmt: skip
 
 
@@ -71,7 +72,8 @@ def inputs_there(output_dir: Path, values: SimpleNamespace) -> str | None:
     inputs = {
         "model_name_or_path": [values.model_name_or_path, adapter_base(values.model_name_or_path)],
         "tokenizer_name_or_path": [values.tokenizer_name_or_path],
-        "dataset_mixer": list(values.dataset_mixer or {}),
+        # A pattern in the run's folder would match the run's own records.
+        "dataset_mixer": [str(Path(name).parent) if glob.has_magic(name) else name for name in values.dataset_mixer or {}],
     }
     for key, paths in inputs.items():
         for path in filter(None, paths):

@@ -33,6 +33,7 @@ RECIPE = {
     "disable_tqdm": True,
 }
 FIGURES = ("eval_loss", "eval_entropy", "eval_mean_token_accuracy")
+STEPS = ("loss", "grad_norm", "num_tokens")
 
 
 @pytest.fixture(scope="module")
@@ -48,12 +49,13 @@ def evaluated(folder: Path) -> list[float]:
     return [record[name] for name in FIGURES]
 
 
-def test_every_held_out_token_counts_once_on_any_number_of_processes(recipe, tmp_path):
+def test_every_token_counts_once_on_any_number_of_processes(recipe, tmp_path):
+    """Held-out ones, and those of steps that the second run divides by tokens, into unequally many parts a process."""
     one = run(SFT, [str(recipe), f"--output_dir={tmp_path / 'one'}"])
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port=0"]
     done = subprocess.run(
         [*launch, "--config_file", launcher_config("cpu.yaml", tmp_path), "scripts/run_sft.py", str(recipe),
-         f"--output_dir={tmp_path / 'two'}"],
+         f"--output_dir={tmp_path / 'two'}", "--max_tokens_per_micro_batch=160"],
         cwd=ROOT, env={**environment(tmp_path), "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -61,6 +63,10 @@ def test_every_held_out_token_counts_once_on_any_number_of_processes(recipe, tmp
     assert len(rows) == HELD_OUT
     assert evaluated(tmp_path / "one") == pytest.approx(token_means(tmp_path / "one", rows), rel=1e-5)
     assert evaluated(tmp_path / "two") == pytest.approx(evaluated(tmp_path / "one"), rel=1e-5)
+    steps = [records(tmp_path / name, "loss") for name in ("one", "two")]
+    assert len(steps[0]) == len(steps[1]) == 2
+    for record, wanted in zip(*steps, strict=True):
+        assert [record[name] for name in STEPS] == pytest.approx([wanted[name] for name in STEPS], rel=1e-5)
 
 
 @torch.no_grad()

@@ -1,5 +1,8 @@
 """The published code's and trl 0.9's own numbers, from recipes unchanged: tokens exactly, traces by data/README.md's rules."""
 
+from collections import defaultdict
+from math import hypot
+
 import pytest
 
 from alignment.data.tokenization import SIDES
@@ -43,18 +46,19 @@ def test_a_published_recipe_gives_the_published_trace(name, options, run_recipe)
 def test_bf16_strays_no_farther_than_published_bf16_strays_from_float32(name, options, run_recipe):
     """Padded and packed rows multiply matrices of other shapes, and round otherwise: the size of that is what is compared.
 
-    A quantity's training and evaluation records together: three evaluations of 12 pairs are too few to tell a size by.
+    By its root mean square over all steps and evaluations: the largest of 14 differences is another one on other kernels
+    (0.8 to 1.6 times the published run's; the mean, 0.6 to 1.4, over three layouts on AVX2, AVX-512 and plain kernels).
     """
     in_float32 = [record for record in published("traces", name.replace("bf16", "sigmoid")) if "train_loss" not in record]
-    ours, strayed = {}, {}
+    ours, strayed = defaultdict(list), defaultdict(list)
     for (record, wanted), exact in zip(traced(run_recipe(name, *options).state.log_history, name), in_float32, strict=True):
         for key, value in wanted.items():
             if key.split("/")[0] in TOLERANCES:
                 quantity = key.removeprefix("eval_")
-                ours[quantity] = max(ours.get(quantity, 0), abs(record[key] - value))
-                strayed[quantity] = max(strayed.get(quantity, 0), abs(exact[key] - value))
+                ours[quantity].append(record[key] - value)
+                strayed[quantity].append(exact[key] - value)
     assert len(ours) == 8
-    assert {key: ours[key] for key in ours if ours[key] > 1.5 * strayed[key]} == {}
+    assert {key: hypot(*ours[key]) for key in ours if hypot(*ours[key]) > 1.5 * hypot(*strayed[key])} == {}
 
 
 @pytest.mark.parametrize("name", [path.stem for path in sorted((DATA / "tokens").glob("*.json"))])

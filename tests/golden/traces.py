@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from tests.comparing import OF_OPERANDS
+
 DATA = Path(__file__).parent / "data"
 BASELINES = {"dpo": "dpo", "ipo": "dpo", "orpo": "orpo"}  # first part of a run's name -> method; the others are SimPO's
 
@@ -48,7 +50,8 @@ def assert_follows(log: list[dict[str, Any]], name: str) -> None:
                 checked += 1
         assert checked >= 6
         if "loss" in wanted:
-            assert record["loss"] == pytest.approx(wanted["loss"], abs=5.1e-5)
+            # Half a unit of the fourth decimal, and what a float32 sum in another order strays by: IPO's losses are near 20.
+            assert record["loss"] == pytest.approx(wanted["loss"], abs=5e-5 + OF_OPERANDS * (1 + abs(wanted["loss"])))
 
 
 def is_tie(key: str, wanted: dict) -> bool:

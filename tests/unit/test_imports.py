@@ -91,6 +91,7 @@ ORDER = {
         "stand_ins",
         "fake_step",
         "fitting",
+        "by_tokens",
         "steps",
         "reference",
         "records",
@@ -225,6 +226,10 @@ def test_alignment_never_imports_scripts():
 def test_on_policy_data_is_made_with_alignment_and_not_the_other_way():
     assert [path for path in importers("on_policy_data_gen") if path.startswith("alignment/")] == []
     assert [path for path in importers("scripts") if path.startswith("on_policy_data_gen/")] == []
+
+
+def test_nothing_but_evaluation_imports_evaluation():
+    assert [path for path in importers("eval") if not path.startswith("eval/")] == []
 
 
 def test_parts_of_trl_that_may_vanish_are_imported_by_one_file_at_most():

@@ -37,7 +37,7 @@ def files_in_the_tree() -> set[str]:
 def test_the_tree_names_every_file_of_the_code_in_its_folder():
     code = [
         path
-        for folder in ("alignment", "scripts", "benchmarks", "on_policy_data_gen")
+        for folder in ("alignment", "scripts", "benchmarks", "on_policy_data_gen", "eval")
         for path in (ROOT / folder).rglob("*.py")
     ]
     assert {path.relative_to(ROOT).as_posix() for path in code if path.name != "__init__.py"} <= files_in_the_tree()
@@ -64,7 +64,7 @@ def test_the_table_repeats_the_recipes(cell, model, numbers):
 
 
 def test_the_commands_name_files_that_exist():
-    paths = re.findall(r"(?:accelerate_configs|training_configs|scripts|benchmarks)/[\w/.-]+\.(?:yaml|py)", README)
+    paths = re.findall(r"(?:accelerate_configs|training_configs|scripts|benchmarks|eval)/[\w/.-]+\.(?:yaml|py)", README)
     assert len(paths) >= 4
     assert [path for path in paths if not (ROOT / path).is_file()] == []
 

@@ -1,6 +1,12 @@
 """Where tokenizer and policy come from, in which precision, and that nothing random is left in them."""
 
 import json
+import os
+import subprocess
+import sys
+import textwrap
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from alignment.errors import UserError
+from alignment.errors import UserError, reason_of
 from alignment.model.loading import (
     check_attention,
     check_model_path,
@@ -21,6 +27,7 @@ from alignment.recipe.configs import DataArguments, ModelArguments
 from scripts.simpo_config import SimPOConfig
 from tests.builders import bpe_tokenizer, tiny_model
 
+ROOT = Path(__file__).parents[3]
 IDS = torch.arange(5, 25)[None]
 
 
@@ -233,3 +240,60 @@ def test_the_recipes_tokenizer_and_truncation_side_win(tmp_path):
     tokenizer = load_tokenizer(model_args, DataArguments(truncation_side="left"))
     assert tokenizer.chat_template == "{{ 'other' }}"
     assert tokenizer.truncation_side == "left"
+
+
+WAYS = {
+    "socks5://127.0.0.1:9": ("socks", "refused"),  # needs a package
+    "http://127.0.0.1:9": ("refused",),
+    "carrier-pigeon://home": ("proxy URL",),
+}
+
+
+@pytest.mark.parametrize("proxy", WAYS)
+def test_a_way_to_the_hub_that_does_not_work_is_one_error_with_the_reason(proxy):
+    script = """
+        from alignment.data.sources import open_source
+        from alignment.errors import UserError
+        from alignment.model.loading import check_model_path
+        from alignment.recipe.configs import ModelArguments
+        for look in (lambda: check_model_path(ModelArguments("some/model")), lambda: open_source("some/pairs", None)):
+            try:
+                look()
+            except UserError as error:
+                print(str(error).replace("\\n", " "))
+    """
+    environment = {key: value for key, value in os.environ.items() if "proxy" not in key.lower() and "OFFLINE" not in key}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        env={**environment, "ALL_PROXY": proxy}, cwd=ROOT, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    of_model, of_data = done.stdout.splitlines()
+    assert of_model.startswith("model_name_or_path = 'some/model': its configuration cannot be loaded (")
+    assert of_data.startswith("some/pairs: no file or folder of this name")
+    assert any(word.lower() in of_model.lower() for word in WAYS[proxy])
+
+
+def test_the_reason_behind_a_failed_connection_is_told():
+    def fail() -> None:
+        try:
+            raise ConnectionError("certificate verify failed: self-signed certificate")
+        except ConnectionError as error:
+            raise OSError("We couldn't connect to the Hub.\nCheck your connection.") from error
+
+    with pytest.raises(OSError, match="connect") as raised:
+        fail()
+    assert reason_of(raised.value) == "We couldn't connect to the Hub: certificate verify failed: self-signed certificate"
+    assert reason_of(ValueError("no config\nmore")) == "no config"
+
+
+@pytest.mark.parametrize(("key", "words"), [("model_name_or_path", "configuration"), ("tokenizer_name_or_path", "tokenizer")])
+def test_a_folder_that_there_is_not_is_named_by_its_key_and_not_taken_for_the_hubs(key, words, tmp_path):
+    tiny_model().save_pretrained(tmp_path / "model")
+    names = {"model_name_or_path": str(tmp_path / "model")} | {key: str(tmp_path / "nowhere")}
+    model_args = ModelArguments(**names)
+    look = check_model_path if key == "model_name_or_path" else partial(load_tokenizer, data_args=DataArguments())
+    with pytest.raises(UserError) as raised:
+        look(model_args)
+    assert str(raised.value).startswith(
+        f"{key} = {names[key]!r}: its {words} cannot be loaded (there is no folder of this name, and no name on the Hub"
+    )

@@ -267,14 +267,16 @@ def advice(output_dir: Path, **values) -> list[str]:
     return [problem.advice for problem in problems if problem.key == "output_dir"]
 
 
-@pytest.mark.parametrize("name", ["README.md", "config.json", "model-1-of-2.safetensors", "tokenizer.json", "metrics.jsonl"])
+@pytest.mark.parametrize(
+    "name", ["README.md", "config.json", "model-1-of-2.safetensors", "tokenizer.json", "metrics.jsonl", "chat_template.jinja"]
+)
 def test_a_folder_with_a_file_that_a_run_would_write_over_is_refused(name, tmp_path):
     (tmp_path / name).touch()
     (line,) = advice(tmp_path)
     assert line.startswith(f"{name} in it are no run's")
 
 
-@pytest.mark.parametrize("name", ["slurm-17.out", "notes.txt", "logs", "train.log"])
+@pytest.mark.parametrize("name", ["slurm-17.out", "notes.txt", "logs", "train.log", "my.jinja"])
 def test_other_files_in_the_way_are_no_hindrance(name, tmp_path):
     (tmp_path / name).touch()
     assert advice(tmp_path) == []
@@ -299,6 +301,13 @@ def test_a_folder_that_the_run_is_started_from_is_refused_however_it_is_spelt(ke
     (line,) = advice(folder, **{key: {path: 1.0} if key == "dataset_mixer" else path})
     assert f"is a folder of {key}" in line
     assert advice(tmp_path / "run", **{key: {path: 1.0} if key == "dataset_mixer" else path}) == []
+
+
+def test_a_pattern_that_would_match_the_run_s_own_records_is_refused(tmp_path):
+    (line,) = advice(tmp_path, dataset_mixer={f"{tmp_path}/*.jsonl": 1.0})
+    assert "is a folder of dataset_mixer" in line
+    assert advice(tmp_path / "run", dataset_mixer={f"{tmp_path}/*.jsonl": 1.0}) == []
+    assert advice(tmp_path, dataset_mixer={f"{tmp_path}/pairs.jsonl": 1.0}) == []
 
 
 def test_the_base_of_an_adapter_is_such_a_folder_too(tmp_path):

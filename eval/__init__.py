@@ -1,0 +1,1 @@
+"""What judges and benchmarks read, made from a run. Nothing else imports it."""
