@@ -117,14 +117,14 @@ def replies(
     max_new_tokens: int,
     seeds: Sequence[int],
     temperature: float,
+    device: torch.device,
     synced: bool,
 ) -> list[list[int]]:
     """A response to each of B prompts, in token ids without its end. The caller turns off dropout and gradients.
 
-    wrapped: the policy as it is trained. synced: go on, on all processes, until the last one's longest response is done, as it
+    wrapped: the policy as it is trained. device: that it computes on, wherever its parameters wait. synced: go on, on all processes, until the last one's longest response is done, as it
     takes where each forward gathers parameters; every process then needs a batch.
     """
-    device = next(wrapped.parameters()).device
     ids, mask = left_padded(prompts, pad or 0)
     before, policy.generation_config = policy.generation_config, plain_settings(ends, pad)
     try:

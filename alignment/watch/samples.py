@@ -179,7 +179,7 @@ class Samples(TrainerCallback):
                 tokens = replies(
                     model, policy, [request.ids for request in batch], ends=ends, pad=tokenizer.pad_token_id,
                     max_new_tokens=args.sample_max_new_tokens, seeds=[request.seed for request in batch],
-                    temperature=args.sample_temperature,
+                    temperature=args.sample_temperature, device=args.device,
                     synced=args.world_size > 1 and strategy_of(trainer.accelerator) in GATHERING,
                 )  # fmt: skip
                 found |= dict(zip(numbers, tokens, strict=False))  # none of the repeated one
