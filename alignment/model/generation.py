@@ -122,8 +122,9 @@ def replies(
 ) -> list[list[int]]:
     """A response to each of B prompts, in token ids without its end. The caller turns off dropout and gradients.
 
-    wrapped: the policy as it is trained. device: that it computes on, wherever its parameters wait. synced: go on, on all processes, until the last one's longest response is done, as it
-    takes where each forward gathers parameters; every process then needs a batch.
+    wrapped: the policy as it is trained. device: that it computes on, wherever its parameters wait. synced: go on, on all
+    processes, until the last one's longest response is done, as it takes where each forward gathers parameters; every process
+    then needs a batch.
     """
     ids, mask = left_padded(prompts, pad or 0)
     before, policy.generation_config = policy.generation_config, plain_settings(ends, pad)
