@@ -20,6 +20,8 @@ from .model.loading import weights_source
 from .model.precision import Rounded, checkpoint_dtype
 from .model.saved import ROWS, TOKENS, refuse_another_model, spoken, try_to_save
 from .recipe.configs import Run
+from .report.card import warned
+from .report.review.reading import WARNINGS_FILE, read_warnings
 from .report.saved_files import complete_card
 from .run.durable import DurableTrainer
 
@@ -90,9 +92,10 @@ def before_rounding(trainer: DurableTrainer) -> dict[str, float]:
 
 
 def describe_files(trainer: DurableTrainer, run_: Run) -> None:
-    """The card's part on what is beside it."""
+    """The card's part on what is beside it, and what the run warned of."""
     card = run_.output_dir / "README.md"
-    card.write_text(complete_card(card.read_text(encoding="utf-8"), **files_facts(trainer, run_)), encoding="utf-8")
+    text = complete_card(card.read_text(encoding="utf-8"), **files_facts(trainer, run_))
+    card.write_text(text + warned(read_warnings(run_.output_dir / WARNINGS_FILE)), encoding="utf-8")
 
 
 def files_facts(trainer: DurableTrainer, run_: Run) -> dict[str, Any]:

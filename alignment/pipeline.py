@@ -30,6 +30,7 @@ from .leaving import before_rounding, describe_files, save, settle_end
 from .model.adapter_checks import check_adapters
 from .model.adapters import base_identity, settle_adapter, start_identity, starting_point
 from .model.loading import check_attention, check_model_path, model_init_kwargs
+from .preference.configs import PairConfig
 from .preflight.dry_run import dry_run
 from .recipe.configs import DataArguments, ModelArguments, Run, RunArguments
 from .recipe.idle import idle_keys
@@ -54,6 +55,9 @@ from .run.resuming import (
 from .run.run_folder import find_launch, folder_problems, mark_launch, only_writer, read_status, run_date, today, write_status
 from .run.signals import RunInterrupted, StopSignals
 from .run.trackers import close_trackers, tracker_problems, watch_trackers, without_disabled
+from .watch.samples import Samples, prompt_problems, sample_end, sample_requests, watch_samples
+from .watch.settings import settings_at_risk
+from .watch.warnings import Warnings
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +123,9 @@ def begin(
         dry_run(method.data, run_, parser, notices)
         return None
     if training_args.prepare_only:
-        tokenized_splits(method.data, ready_tokenizer(run_), run_._replace(date=today()))
+        tokenizer, run_ = ready_tokenizer(run_), run_._replace(date=today())
+        sample_requests(run_, tokenizer)
+        tokenized_splits(method.data, tokenizer, run_)
         logger.info("The data is prepared, in %s; nothing was trained (prepare_only).", datasets.config.HF_DATASETS_CACHE)
         return None
     stop = StopSignals()
@@ -145,6 +151,7 @@ def carry_out(method: Method, run_: Run, stop: StopSignals) -> DurableTrainer | 
     run_ = run_._replace(date=decided_by_main(lambda: run_date(run_.output_dir, begun)))
     set_seed(args.seed)
     tokenizer = ready_tokenizer(run_)
+    requests = sample_requests(run_, tokenizer)
     splits = tokenized_splits(method.data, tokenizer, run_)
     data = fingerprint(splits["train"])
     if has_ended:
@@ -154,6 +161,7 @@ def carry_out(method: Method, run_: Run, stop: StopSignals) -> DurableTrainer | 
         refuse_other_data(checkpoint, data)
     trainer = build_trainer(method, run_, tokenizer, splits)
     watch_trackers(trainer, run_.recipe, resumed_log=None if checkpoint is None else logged(checkpoint))
+    samples = watch_samples(trainer, requests)
     trainer.stop = stop
     trainer.identity = identity_of(trainer, run_, data, checkpoint)
     if checkpoint is not None:
@@ -169,6 +177,9 @@ def carry_out(method: Method, run_: Run, stop: StopSignals) -> DurableTrainer | 
             if args.do_eval:
                 enter(trainer, "ending")
                 evaluate(trainer, run_)
+            if samples is not None:
+                enter(trainer, "ending")
+                finish_samples(trainer, samples)
             enter(trainer, "ending")
             finish(trainer, run_)
             if args.push_to_hub:
@@ -279,7 +290,7 @@ def set_up_logging(args: TrainingArguments) -> None:
 
 def recipe_checks(method: Method) -> list[Check]:
     """What no dataclass can know; its problems stand in the one message about a recipe."""
-    return [missing_names, rehearse, partial(unknown_metric, method), folder_problems, tracker_problems]
+    return [missing_names, rehearse, partial(unknown_metric, method), folder_problems, tracker_problems, prompt_problems]
 
 
 def missing_names(values: SimpleNamespace) -> list[Problem]:
@@ -342,11 +353,20 @@ def build_trainer(method: Method, run_: Run, tokenizer: PreTrainedTokenizerBase,
         callbacks=[RunRecords()],
     )
     settle_adapter(trainer, run_.model_args)
+    trainer.add_callback(Warnings(trainer, at_start_of(run_)))
     trainer.dataset_names = list(run_.data_args.dataset_mixer)
     trainer.template_settings = run_.data_args.chat_template_kwargs
     take_strategy(trainer)
     settle_end(trainer, run_)
     return trainer
+
+
+def at_start_of(run_: Run) -> dict[str, str]:
+    """Warnings of settings: name -> line."""
+    args = run_.training_args
+    if not isinstance(args, PairConfig):
+        return {}
+    return settings_at_risk(args, is_whole=not run_.model_args.use_peft, rows_per_step=run_.rows_per_step)
 
 
 def train(trainer: DurableTrainer, checkpoint: Checkpoint | None) -> None:
@@ -379,6 +399,13 @@ def evaluate(trainer: Trainer, run_: Run) -> None:
         write_jsonl(run_.output_dir / "eval_pairs.jsonl", trainer.pair_records())
         if probe := trainer.pair_records("probe"):
             write_jsonl(run_.output_dir / "probe_pairs.jsonl", probe)
+
+
+def finish_samples(trainer: DurableTrainer, samples: Samples) -> None:
+    try:
+        sample_end(trainer, samples)
+    except EvaluationCut:
+        trainer.leave()
 
 
 def finish(trainer: Trainer, run_: Run) -> None:

@@ -8,11 +8,11 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from alignment.data.prompts import Prompt
 from alignment.errors import UserError
 from alignment.run.run_folder import today
 from on_policy_data_gen.configs import PolicyArguments, PromptArguments
 from on_policy_data_gen.engines import check_engine
-from on_policy_data_gen.prompts import Prompt
 from on_policy_data_gen.responses import stage_settings
 from on_policy_data_gen.stages import Stage, finish, stage, write_lines, write_rows
 

@@ -10,14 +10,15 @@ from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase
 
 from alignment.data.chat import with_empty_system_turn
+from alignment.data.prompts import Prompt
 from alignment.data.template import Turns
 from alignment.errors import UserError
+from alignment.model.loading import positions
 from alignment.run.checkpoints import RECIPE_FILE
 from on_policy_data_gen.configs import PolicyArguments
 from on_policy_data_gen.engines import open_engine
-from on_policy_data_gen.prompts import Prompt
 from on_policy_data_gen.responses import sample
-from on_policy_data_gen.sampling import Engine, Request, Sampling, make_requests, policy_tokenizer, positions, sampling_of
+from on_policy_data_gen.sampling import Engine, Request, Sampling, make_requests, policy_tokenizer, sampling_of
 from on_policy_data_gen.stages import Stage
 
 from .benchmarks import Question
@@ -35,7 +36,7 @@ class Examination:
     def __post_init__(self) -> None:
         self.tokenizer: PreTrainedTokenizerBase = policy_tokenizer(self.policy)
         self.sampling: Sampling = sampling_of(self.policy, self.tokenizer)
-        self.window = positions(self.policy)
+        self.window = positions(self.policy.model_arguments())
         self.adds_system_turn = self.policy.chat_template is None and trained_behind_system_turn(self.policy.model)
 
     def temperature(self, question: Question) -> float:

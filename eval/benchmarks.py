@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from alignment.data.prompts import parsed, records_of
 from alignment.errors import UserError
-from on_policy_data_gen.prompts import parsed, records_of
 
 from .markdown import markdown_counts
 

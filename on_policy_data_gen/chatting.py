@@ -8,17 +8,19 @@ from pathlib import Path
 from accelerate import PartialState
 from transformers import TextStreamer
 
+from alignment.data.prompts import prompt_of
 from alignment.data.template import Turns
 from alignment.errors import Problem, UserError
+from alignment.model.loading import positions
 from alignment.recipe.values import expanded
 from alignment.run.run_folder import today
 
 from .configs import PolicyArguments, PromptArguments, path_problems, refuse
 from .engines import check_engine, open_engine
 from .in_process import TransformersEngine
-from .prompts import prompt_of, read_prompts
+from .prompts import read_prompts
 from .responses import sample, stage_settings
-from .sampling import make_requests, policy_tokenizer, positions, sampling_of
+from .sampling import make_requests, policy_tokenizer, sampling_of
 from .stages import finish, stage, write_lines
 
 
@@ -55,7 +57,7 @@ def answer_file(policy: PolicyArguments, args: GenerateArguments) -> None:
     """A row for each prompt of the input that there is room for, in its order: prompt_id, messages, tokens, finish_reason."""
     asked = PromptArguments(data_dir=args.input, prompt_split=args.prompt_split, prompt_column=args.prompt_column)
     tokenizer, prompts, output = policy_tokenizer(policy), read_prompts(asked), Path(args.output)
-    sampling, window = sampling_of(policy, tokenizer), positions(policy)
+    sampling, window = sampling_of(policy, tokenizer), positions(policy.model_arguments())
     settings = {"seed": args.seed, **stage_settings(asked, policy, prompts, tokenizer, sampling)}
     with stage(output.parent, output.stem, settings, date=today(), makes=[output]) as begun:
         if begun is None:
@@ -94,7 +96,7 @@ def chat(policy: PolicyArguments, args: GenerateArguments) -> None:
     if PartialState().num_processes > 1:
         raise UserError("a conversation is held by one process; start one")
     tokenizer = policy_tokenizer(policy)
-    sampling, window = sampling_of(policy, tokenizer), positions(policy)
+    sampling, window = sampling_of(policy, tokenizer), positions(policy.model_arguments())
     engine = open_engine(policy, tokenizer, sampling)
     streams = isinstance(engine, TransformersEngine) and sys.stdout.isatty()
     options = {"streamer": TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)} if streams else {}

@@ -10,9 +10,10 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 from alignment.data.mixing import counts_text
+from alignment.data.prompts import Prompt, as_published
 from alignment.errors import UserError
 
-from .prompts import Prompt, as_published, stage_rows, texts_of
+from .prompts import stage_rows, texts_of
 from .responses import sampling_records
 from .stages import FOLDER, read_record, write_json, write_rows
 

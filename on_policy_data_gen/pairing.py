@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import combinations
 from typing import NamedTuple
 
-from .sampling import row_seed
+from alignment.data.prompts import row_seed
 
 DUPLICATE = "responses that repeat another"
 UNSCORED = "responses too long for the reward model"

@@ -1,18 +1,15 @@
-"""Prompts: where they come from, what identifies them, how published files spell them."""
+"""Prompts: where they come from, and how published files spell them."""
 
-import json
 import logging
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from alignment.data.files import Record, json_records
 from alignment.data.mixing import counts_text
-from alignment.data.rows import SAID, TEMPLATE_COLUMNS, plain, turns, unreadable
+from alignment.data.prompts import Prompt, parsed, prompt_of, records_of
+from alignment.data.rows import TEMPLATE_COLUMNS
 from alignment.data.sources import Rows, Source, load_rows, open_source
-from alignment.data.splits import turns_hash
-from alignment.data.template import Turns
 from alignment.errors import UserError
 
 from .configs import PromptArguments
@@ -21,41 +18,6 @@ logger = logging.getLogger(__name__)
 
 USUAL_SPLITS = ("train_prefs", "train")
 USUAL_COLUMNS = ("prompt", "messages", "chosen")
-
-
-class Prompt(NamedTuple):
-    """What a response answers: turns of roles and contents, the last one not the assistant's.
-
-    id: a hash of them, the same in every file and run; rows are joined by it.
-    """
-
-    id: str
-    turns: Turns
-
-
-def prompt_of(value: str | list[dict[str, Any]]) -> Prompt:
-    """From text, or from turns. A reply at the end is left out. Raises UserError for what is neither, or says nothing."""
-    if isinstance(value, str):
-        value = [{"role": "user", "content": value}]
-    if problem := unreadable("the prompt", value):
-        raise UserError(problem)
-    given = turns(value)
-    while given and given[-1]["role"] == "assistant":
-        given.pop()
-    if not given:
-        raise UserError("the prompt has no turn but replies")
-    if any(turn.get(key) for turn in given for key in SAID):
-        raise UserError("the prompt has turns that call tools or reason, which are not sampled for")
-    if not given[-1]["content"].strip():
-        raise UserError("the prompt is empty")
-    given = [plain(turn) for turn in given]
-    return Prompt(turns_hash(given), given)
-
-
-def as_published(prompt: Prompt) -> str | Turns:
-    """A lone user turn as its text; turns otherwise."""
-    first, *others = prompt.turns
-    return first["content"] if first["role"] == "user" and not others else prompt.turns
 
 
 def read_prompts(args: PromptArguments) -> list[Prompt]:
@@ -110,16 +72,6 @@ def prompt_column(row: dict[str, Any], wanted: tuple[str, ...], place: str) -> s
     return found
 
 
-def parsed(text: bytes, place: str) -> dict[str, Any]:
-    try:
-        row = json.loads(text.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{place}: is no JSON ({error})") from error
-    if not isinstance(row, dict):
-        raise UserError(f"{place}: is {row!r:.80}, not a row {{...}}")
-    return row
-
-
 # ---- Files of the stages, ours and published ones ----
 
 
@@ -135,13 +87,6 @@ def stage_rows(path: Path) -> Iterator[tuple[dict[str, Any], Prompt, str]]:
             yield row, prompt_of(row["prompt"]), place
         except UserError as error:
             raise UserError(f"{place}: {error}") from error
-
-
-def records_of(path: Path) -> Iterator[Record]:
-    try:
-        yield from json_records(path, ())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
 
 
 def texts_of(row: dict[str, Any], key: str, place: str) -> list[str]:

@@ -11,13 +11,15 @@ from typing import Any
 from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase
 
+from alignment.data.prompts import Prompt, as_published
 from alignment.model.adapters import start_identity
+from alignment.model.loading import positions
 from alignment.run.run_folder import today
 
 from .configs import PolicyArguments, PromptArguments
 from .engines import check_engine, open_engine
-from .prompts import Prompt, as_published, read_prompts
-from .sampling import Engine, Request, Sampling, make_requests, policy_tokenizer, positions, sampling_of
+from .prompts import read_prompts
+from .sampling import Engine, Request, Sampling, make_requests, policy_tokenizer, sampling_of
 from .stages import FOLDER, Stage, finish, read_record, share, stage, write_rows
 
 logger = logging.getLogger(__name__)
@@ -37,7 +39,7 @@ def decode(prompt_args: PromptArguments, policy_args: PolicyArguments, seeds: Se
     """Sample for each seed what is not there yet. The model is loaded once, and only if something is missing."""
     check_engine(policy_args)
     tokenizer = policy_tokenizer(policy_args)
-    sampling, window = sampling_of(policy_args, tokenizer), positions(policy_args)
+    sampling, window = sampling_of(policy_args, tokenizer), positions(policy_args.model_arguments())
     prompts = read_prompts(prompt_args)
     known = stage_settings(prompt_args, policy_args, prompts, tokenizer, sampling)
     engine = None

@@ -1,6 +1,5 @@
 """What is asked of a model: prompts as token ids with one bos, how to sample, where to stop. Engines answer in any order."""
 
-import hashlib
 import logging
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
@@ -8,15 +7,13 @@ from typing import NamedTuple, Protocol
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from alignment.data.chat import generation_text
+from alignment.data.prompts import Prompt, as_read
 from alignment.data.splits import templated_tokenizer
-from alignment.data.tokenization import Response, add_ends, encode_texts, writes_bos
 from alignment.errors import UserError
 from alignment.model.endings import end_of_turn
-from alignment.model.loading import check_model_path, weights_source
+from alignment.model.loading import weights_source
 
 from .configs import PolicyArguments
-from .prompts import Prompt
 
 logger = logging.getLogger(__name__)
 
@@ -61,11 +58,6 @@ class Engine(Protocol):
     def close(self) -> None: ...
 
 
-def row_seed(seed: int, prompt_id: str) -> int:
-    """The seed of one response, whatever else is sampled beside it: 0 to 2^63 - 1."""
-    return int.from_bytes(hashlib.sha256(f"{seed} {prompt_id}".encode()).digest()[:8]) >> 1
-
-
 def policy_tokenizer(args: PolicyArguments) -> PreTrainedTokenizerBase:
     """The policy's tokenizer with its chat template: the saved one, unless the arguments name another."""
     return templated_tokenizer(args.model_arguments(), args.data_arguments(), preprocessing="exact")
@@ -86,12 +78,6 @@ def stop_ids(args: PolicyArguments, tokenizer: PreTrainedTokenizerBase) -> list[
     return [number for number in dict.fromkeys(ids) if number is not None]
 
 
-def positions(args: PolicyArguments) -> int | None:
-    """How many tokens the model has positions for, prompt and response together; None where it does not say."""
-    config = check_model_path(args.model_arguments()).get_text_config()
-    return getattr(config, "max_position_embeddings", None)
-
-
 def make_requests(
     prompts: Sequence[Prompt],
     tokenizer: PreTrainedTokenizerBase,
@@ -105,13 +91,10 @@ def make_requests(
 
     date: what a template's clock shows. Raises UserError for a prompt that the template cannot write, or if none has room.
     """
-    add_bos = writes_bos(tokenizer)
     requests, too_long = [], 0
     for start in tqdm(range(0, len(prompts), AT_A_TIME), desc="Rendering prompts", disable=quiet or len(prompts) < AT_A_TIME):
         part = prompts[start : start + AT_A_TIME]
-        texts = [generation_text(prompt.turns, tokenizer, date=date) for prompt in part]
-        for prompt, text, ids in zip(part, texts, encode_texts(tokenizer, texts), strict=True):
-            ids = add_ends(Response(ids, []), tokenizer, add_eos=False, add_bos=add_bos).prompt
+        for prompt, (text, ids) in zip(part, as_read(part, tokenizer, date=date), strict=True):
             room = max_tokens if window is None else min(max_tokens, window - len(ids))
             if room > 0:
                 requests.append(Request(prompt.id, text, ids, room))

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from accelerate import PartialState
 
+from alignment.data.prompts import Prompt, as_published
 from alignment.data.template import Turns
 from alignment.errors import TrainingStopped, UserError
 from alignment.model.adapters import weights_fingerprint
@@ -20,7 +21,7 @@ from alignment.run.run_folder import today
 
 from .configs import RewardArguments
 from .joining import EMPTY
-from .prompts import Prompt, as_published, stage_rows, texts_of
+from .prompts import stage_rows, texts_of
 from .reward_models import RewardModel, load_reward_model, reward_config
 from .stages import Stage, finish, share, stage, write_rows
 

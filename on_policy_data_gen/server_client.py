@@ -5,10 +5,11 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from itertools import islice
 
+from alignment.data.prompts import row_seed
 from alignment.errors import TrainingStopped, UserError
 
 from .configs import PolicyArguments
-from .sampling import Answer, Request, Sampling, row_seed
+from .sampling import Answer, Request, Sampling
 
 RETRIES = 6  # waiting half a second and then twice as long, up to 8 s: half a minute in which a server may come back
 KEY_VARIABLE = "ON_POLICY_SERVER_KEY"

@@ -9,11 +9,12 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
+from alignment.data.prompts import row_seed
 from alignment.errors import TrainingStopped, UserError
 from alignment.model.loading import find_adapter
 
 from .configs import PolicyArguments
-from .sampling import Answer, Request, Sampling, row_seed
+from .sampling import Answer, Request, Sampling
 
 logger = logging.getLogger(__name__)
 

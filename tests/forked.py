@@ -287,6 +287,7 @@ def places() -> dict[str, tuple[Any, str]]:
     import alignment.pipeline
     import alignment.run.durable
     import alignment.run.hub
+    import alignment.watch.samples
     from alignment.preference import reference
     from alignment.preference.trainer import PairTrainer
     from on_policy_data_gen import joining, pair_data, responses
@@ -301,6 +302,7 @@ def places() -> dict[str, tuple[Any, str]]:
         "training": (PairTrainer, "compute_loss"),
         "evaluation": (PairTrainer, "prediction_step"),
         "saving": (alignment.run.durable, "seal"),
+        "sampling": (alignment.watch.samples, "replies"),
         "optimizer": (PairTrainer, "_save_optimizer_and_scheduler"),
         "writing": (PairTrainer, "_save_rng_state"),
         "figures": (PairTrainer, "save_metrics"),

@@ -232,6 +232,11 @@ def check_model_path(model_args: ModelArguments) -> PreTrainedConfig:
     return config
 
 
+def positions(model_args: ModelArguments) -> int | None:
+    """How many tokens the model has positions for, prompt and response together; None where it does not say."""
+    return getattr(check_model_path(model_args).get_text_config(), "max_position_embeddings", None)
+
+
 def refuse_other_kinds(config: PreTrainedConfig, path: str, *, trust_remote_code: bool) -> None:
     """Raises UserError for a model that no text can be generated with by itself: one for images and text, say."""
     has_own_code = trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})

@@ -25,9 +25,10 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "gamma_beta_ratio": (lambda value: 0 <= value < math.inf, "must be finite and not negative"),
     "label_pad_token_id": (lambda value: value == -100, "must be -100, the label that torch ignores"),
     **dict.fromkeys(
-        ("max_completion_length", "max_target_length", "is_encoder_decoder", "generate_during_eval"),
+        ("max_completion_length", "max_target_length", "is_encoder_decoder"),
         (lambda value: not value, "is not supported; remove it"),
     ),
+    "generate_during_eval": (lambda value: not value, "is not supported; give sample_prompts instead"),
     "remove_unused_columns": (lambda value: not value, "must be false"),
     "max_tokens_per_micro_batch": (
         lambda value: value in ("auto", None) or (not isinstance(value, str) and value > 0),
@@ -121,7 +122,7 @@ class PairConfig(RunArguments, TrainingArguments):
             "at most as many as those."
         },
     )
-    generate_during_eval: bool = field(default=False, metadata={"help": "Not supported; sample from the saved model."})
+    generate_during_eval: bool = field(default=False, metadata={"help": "Not supported; sample_prompts is."})
     is_encoder_decoder: bool | None = field(default=None, metadata={"help": "Decoder-only models only: null or false."})
     model_init_kwargs: dict[str, Any] | None = field(
         default=None, metadata={"help": "Extra arguments of from_pretrained, when the trainer loads the model."}

@@ -30,6 +30,7 @@ from ..recipe.configs import Run, RunArguments
 from ..recipe.parser import H4ArgumentParser
 from ..run.resuming import outlook
 from ..run.run_folder import DATE_FILE, today
+from ..watch.samples import sample_requests
 from .disk import disk_of
 from .lengths import conversation_lengths, pair_facts, shared_prompts, spread_of
 from .memory import Memory, memory_of, plan_of, sizes_of
@@ -71,7 +72,9 @@ def dry_run(kind: DataKind, run_: Run, parser: H4ArgumentParser, notices: list[s
     tokenizer, source = tokenizer_and_source(run_.model_args, run_.data_args, preprocessing=args.preprocessing)
     attention = run_.model_args.attn_implementation or skeleton.attention
     report.model(run_.model_args.model_name_or_path, skeleton, source, attention)
-    splits = prepared_splits(kind, tokenizer, run_._replace(date=date_of(run_)))
+    run_ = run_._replace(date=date_of(run_))
+    sample_requests(run_, tokenizer)
+    splits = prepared_splits(kind, tokenizer, run_)
     refuse_ids(skeleton, tokenizer, [split.tokens for split in splits.values()])
     report.data(splits)
     look = look_at_pairs if isinstance(args, PairConfig) else look_at_conversations

@@ -6,13 +6,12 @@ from typing import Any
 from ..preference.configs import PairConfig
 from ..recipe.configs import ModelArguments, RunArguments
 from ..recipe.values import text
+from ..watch.settings import FEWEST_PAIRS, PAIRS_PER_STEP, other_batch, settings_at_risk
 from .disk import Disk
 from .lengths import PairFacts
 from .model import Skeleton
 from .steps import Schedule
 
-PAIRS_PER_STEP = 128  # the SimPO authors', in every run
-HIGH_RATE = 1e-5  # at which, they say, whole models fall into repetition
 SPACING = 1.2e-4  # of bfloat16 numbers near 0.02, a usual weight; a step below half of it rounds to nothing
 MANY_CUT = 0.1  # of all pairs
 LOPSIDED = 0.65  # share of pairs in which the same side is the longer
@@ -24,15 +23,9 @@ def setting_warnings(
     """Of the recipe alone."""
     is_whole, rate = not model_args.use_peft, args.learning_rate
     if isinstance(args, PairConfig):
-        if is_whole and rate >= HIGH_RATE:
-            yield f"learning_rate = {rate:g}: whole models fall into repetition at 1e-5 and above; try 3e-7 to 1e-6"
-        if (ratio := getattr(args, "gamma_beta_ratio", None)) is not None and ratio > 1:
-            yield f"gamma_beta_ratio = {ratio:g}: the authors stay between 0 and 1"
-        if schedule.rows_per_step != PAIRS_PER_STEP:
-            yield (
-                f"{schedule.rows_per_step} pairs a step: published settings belong to {PAIRS_PER_STEP}; "
-                f"--total_train_batch_size={PAIRS_PER_STEP} makes it so on any number of processes"
-            )
+        yield from settings_at_risk(args, is_whole=is_whole, rows_per_step=schedule.rows_per_step).values()
+        if schedule.rows_per_step >= FEWEST_PAIRS and schedule.rows_per_step != PAIRS_PER_STEP:
+            yield other_batch(schedule.rows_per_step)
     if is_whole and skeleton.dtype.itemsize == 2 and rate < SPACING / 2:
         name = str(skeleton.dtype).removeprefix("torch.")
         yield (

@@ -299,6 +299,23 @@ class RunArguments(DryRunArguments):
         metadata={"help": "How long the push at the end may take; past it, the run ends with the command for it."},
     )
 
+    sample_prompts: list[str | list[dict[str, Any]]] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Prompts that are replied to before the first step, at each evaluation and at the end, into samples.jsonl "
+            "and the trackers: a list, each entry a text or turns of {role, content}; or a JSON or JSONL file, rows that have "
+            "such a prompt."
+        },
+    )
+    sample_max_new_tokens: int = field(default=256, metadata={"help": "Longest reply to sample_prompts, in tokens."})
+    sample_temperature: float = field(
+        default=0.7,
+        metadata={
+            "help": "Temperature of the replies to sample_prompts, drawn with the run's seed, the same draws at every step; 0: "
+            "the likeliest token."
+        },
+    )
+
     skip_nonfinite: int = field(
         default=0,
         metadata={
@@ -381,7 +398,12 @@ class RunArguments(DryRunArguments):
             "num_processes",
             "save_minutes",
             "hub_minutes",
+            "sample_max_new_tokens",
         )
+        if self.sample_prompts is not None and not self.sample_prompts:
+            problems.append(Problem("sample_prompts", self.sample_prompts, "has no prompt; name some, or null"))
+        if not 0 <= self.sample_temperature < math.inf:
+            problems.append(Problem("sample_temperature", self.sample_temperature, "must be finite and not negative"))
         if self.skip_nonfinite < 0:
             problems.append(Problem("skip_nonfinite", self.skip_nonfinite, "must not be negative"))
         # The launcher's variable, because the recipe may not know of DeepSpeed.

@@ -24,6 +24,7 @@ def wants_best(values: SimpleNamespace) -> bool:
 ADAPTER = Need(lambda values: values.use_peft, "use_peft is false")
 FOUR_BITS = Need(lambda values: values.load_in_4bit, "load_in_4bit is false")
 HUB = Need(lambda values: values.push_to_hub, "push_to_hub is false")
+REPLIES = Need(lambda values: values.sample_prompts is not None, "there are no sample_prompts")
 BEST = Need(wants_best, "nothing asks for the best: load_best_model_at_end, early_stopping_patience, save_strategy: best")
 RECOMPUTED = Need(lambda values: values.activation_checkpointing, "gradient_checkpointing is false")
 NEEDS: dict[str, Need] = {
@@ -34,6 +35,7 @@ NEEDS: dict[str, Need] = {
     ),
     **dict.fromkeys(("metric_for_best_model", "greater_is_better"), BEST),
     **dict.fromkeys(("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"), RECOMPUTED),
+    **dict.fromkeys(("sample_max_new_tokens", "sample_temperature"), REPLIES),
     "model_code_revision": Need(lambda values: values.trust_remote_code, "trust_remote_code is false"),
     "early_stopping_threshold": Need(lambda values: values.early_stopping_patience is not None, "no early_stopping_patience"),
     "liger_kernel_config": Need(lambda values: values.use_liger_kernel, "use_liger_kernel is false"),

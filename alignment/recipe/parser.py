@@ -58,7 +58,7 @@ PATHS: dict[str, Callable[[str], str]] = {
     "chat_template": expanded_template,
     **dict.fromkeys(
         ("model_name_or_path", "tokenizer_name_or_path", "resume_from_checkpoint", "deepspeed", "fsdp_config",
-         "accelerator_config", "chat_template_path", "dataset_mixer", "speed_of"),
+         "accelerator_config", "chat_template_path", "dataset_mixer", "sample_prompts", "speed_of"),
         expanded_input,
     ),
 }  # fmt: skip

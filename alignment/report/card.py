@@ -19,6 +19,12 @@ HELD_OUT = {
 }
 
 
+def warned(warnings: list[dict[str, Any]]) -> str:
+    """A section on what the run warned of (step and text of each), for the end of a card; nothing where it did not."""
+    lines = [f"- Step {row['step']}: {row['text']}." for row in warnings]
+    return "\n".join(["", "## Warnings", "", *lines, ""]) if lines else ""
+
+
 def is_hub_name(name: str) -> bool:
     return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()
 

@@ -72,6 +72,7 @@ class DurableTrainer(Trainer):
     unrounded_figures: Mapping[str, float] = MappingProxyType({})  # of an evaluation of those
     noted_at = 0.0  # in the status; monotonic clock
     sums_due: str | None = None  # the checkpoint whose sums are to be gone on with
+    sample: Callable[[], None] | None = None  # in front of each evaluation in training; may raise EvaluationCut
 
     def __init__(self, *args: Any, **kwargs: Any):
         self.stop = StopSignals()
@@ -179,6 +180,8 @@ class DurableTrainer(Trainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As the Trainer's, leaving the random numbers of training where they were."""
         with torch.random.fork_rng(devices=[self.args.device] if self.args.device.type == "cuda" else []):
+            if self.sample is not None and self.is_in_train:
+                self.sample()
             metrics = super().evaluate(*args, **kwargs)
         if self.evaluation_due:
             self.evaluation_due = self.args.eval_on_start = False

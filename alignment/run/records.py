@@ -53,6 +53,13 @@ def write_jsonl(path: Path, records: list[dict[str, Any]]) -> None:
     path.write_text("".join(f"{json.dumps(record)}\n" for record in records), encoding="utf-8")
 
 
+def replace_jsonl(path: Path, records: list[dict[str, Any]]) -> None:
+    """As `write_jsonl`, in one move: whoever is killed in it leaves the old file."""
+    draft = path.with_name(f"{path.name}.new")
+    write_jsonl(draft, records)
+    draft.replace(path)
+
+
 def write_run_folder(run_: Run) -> None:
     """What is known before training: the resolved recipe, package versions and commit."""
     run_.output_dir.mkdir(parents=True, exist_ok=True)

@@ -32,7 +32,8 @@ AUTOMATIC = (None, "auto", "true", "True")
 # What a run ends with, beside what every run writes anew. An adapter left beside a whole model would be loaded on top of it.
 END_FILES = (
     "*.safetensors", "*.safetensors.index.json", "adapter_config.json", "config.json", "shards", "*_results.json",
-    "eval_pairs.jsonl", "probe_pairs.jsonl", "curves.png", "_run/status.json", "_run/reference", "_run/step_0",
+    "eval_pairs.jsonl", "probe_pairs.jsonl", "samples.jsonl", "warnings.jsonl", "curves.png", "_run/status.json",
+    "_run/reference", "_run/step_0",
 )  # fmt: skip
 # Keys that leave the trained weights alone; anything else that differs makes another run.
 HARMLESS = (
@@ -41,7 +42,7 @@ HARMLESS = (
     "tokens_per_second", "speed_of", "gpu_price", "preprocessing_num_workers",
     "dataset_num_proc", "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers",
     "dataloader_prefetch_factor", "eval_", "do_", "per_device_eval_batch_size", "ddp_timeout", "skip_nonfinite",
-    "score_step_0", "train_probe",
+    "score_step_0", "train_probe", "sample_",
 )  # fmt: skip
 # How a step's rows are divided. Another number of processes divides them otherwise; the product is compared instead.
 DIVISION = ("per_device_train_batch_size", "gradient_accumulation_steps", "total_train_batch_size", "num_processes")

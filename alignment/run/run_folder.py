@@ -33,7 +33,8 @@ SHARING_S = 60.0  # a network disk may show a new file late
 # What a run writes into its folder, and would write over.
 WRITTEN = (
     "*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "*config.json", "README.md", "recipe.yaml",
-    "environment.json", "metrics.jsonl", "eval_pairs.jsonl", "probe_pairs.jsonl", "nonfinite_rows.jsonl", "curves.png",
+    "environment.json", "metrics.jsonl", "eval_pairs.jsonl", "probe_pairs.jsonl", "samples.jsonl", "warnings.jsonl",
+    "nonfinite_rows.jsonl", "curves.png",
     "*_results.json", "trainer_state.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
     "merges.txt", "chat_template.jinja", "additional_chat_templates", "training_args.bin", "checkpoint-*", "base", "shards",
 )  # fmt: skip

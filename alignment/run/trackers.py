@@ -181,6 +181,7 @@ class Tracker(TrainerCallback):
         if self.repeated[record] > 0:
             self.repeated[record] -= 1
             return
+        logs = None if logs is None else {beside_held_out(name): value for name, value in logs.items()}
         self.tell(lambda: self.inner.on_log(args, state, control, logs=logs, **kwargs))
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
@@ -196,6 +197,20 @@ class Tracker(TrainerCallback):
         elif isinstance(self.inner, TensorBoardCallback) and self.inner.tb_writer is not None:
             self.inner.tb_writer.add_text("recipe", f"```yaml\n{self.recipe}```")
 
+    def hand_over_replies(self, step: int, rows: list[dict[str, Any]]) -> None:
+        """Rows of step, prompt, response and tokens, as a table or a text."""
+        columns = list(rows[0])
+        cells = [[spelt(row[column]) for column in columns] for row in rows]
+        if isinstance(self.inner, WandbCallback):
+            table = self.inner._wandb.Table(columns=columns, data=cells)
+            self.inner._wandb.log({"samples": table, "train/global_step": step})
+        elif isinstance(self.inner, MLflowCallback):
+            lines = "".join(f"{json.dumps(row)}\n" for row in rows)
+            self.inner._ml_flow.log_text(lines, f"samples/step-{step}.jsonl")
+        elif isinstance(self.inner, TensorBoardCallback) and self.inner.tb_writer is not None:
+            texts = (f"**{prompt}**\n\n{response}" for _, prompt, response, _ in cells)
+            self.inner.tb_writer.add_text("samples", "\n\n---\n\n".join(texts), step)
+
     def close(self) -> None:
         if self.end is not None:
             args, kwargs = self.end
@@ -204,6 +219,15 @@ class Tracker(TrainerCallback):
             self.tell(self.inner._wandb.finish)
         if isinstance(self.inner, MLflowCallback) and self.inner._initialized and self.inner._ml_flow.active_run():
             self.tell(self.inner._ml_flow.end_run)
+
+
+def beside_held_out(name: str) -> str:
+    """A probe's figure where trackers draw the held-out one: they sort by the beginning of a name, and know eval_ alone."""
+    return f"eval_{name}" if name.startswith("probe_") else name
+
+
+def spelt(value: Any) -> str | int:
+    return value if isinstance(value, str | int) else json.dumps(value, ensure_ascii=False)
 
 
 def forwarded(event: str) -> Callable[..., None]:
@@ -231,9 +255,19 @@ def watch_trackers(trainer: Trainer, recipe: str, *, resumed_log: list[dict[str,
             callbacks[number] = Tracker(callback, recipe, memory, earlier, told)
 
 
+def tell_replies(trainer: Trainer, step: int, rows: list[dict[str, Any]]) -> None:
+    """Replies to fixed prompts at a step: see `Tracker.hand_over_replies`. By the main process."""
+    for tracker in trackers_of(trainer):
+        tracker.tell(lambda tracker=tracker: tracker.hand_over_replies(step, rows))
+
+
+def trackers_of(trainer: Trainer) -> list[Tracker]:
+    return [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, Tracker)]
+
+
 def close_trackers(trainer: Trainer) -> None:
     """Let every tracker end its run. What does not answer is left."""
-    for tracker in [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, Tracker)]:
+    for tracker in trackers_of(trainer):
         closing = in_background(tracker.close)
         wait([closing], timeout=CLOSING_S)
         if not closing.done():

@@ -35,6 +35,7 @@ from tests.distributed.conftest import (
 )
 from tests.distributed.worker import GPU_HEAD_CHUNK
 from tests.golden.traces import DATA, assert_follows, method_of
+from tests.workspaces import read_jsonl
 
 CONFIGS = {
     "ddp": "cpu.yaml",
@@ -52,10 +53,15 @@ WRAPPERS = {
 }
 LORA = ["--use_peft=true", "--lora_r=4", "--lora_target_modules=all-linear"]
 SAVING = ["--save_strategy=steps", "--save_steps=2", "--num_train_epochs=2"]
+# Five prompts for two processes, in batches of two.
+REPLIES = [
+    '--sample_prompts=["the river", "a mountain of weather", "quickly because more now", "her lanterns would not", "because"]',
+    "--sample_max_new_tokens=8", "--sample_temperature=0",
+]  # fmt: skip
 RUNS = {
-    "packed": ["--pair_layout=packed"],
+    "packed": ["--pair_layout=packed", *REPLIES],
     "padded": ["--pair_layout=padded"],
-    "lora": LORA,
+    "lora": [*LORA, *REPLIES],
     "by tokens": ["--max_tokens_per_micro_batch=300"],
     "qlora": [*LORA, "--load_in_4bit=true", "--bnb_4bit_quant_storage=float32"],  # the type that FSDP can shard
     "from an adapter": [*LORA, "--model_name_or_path={folder}/sft"],
@@ -233,6 +239,15 @@ def test_parameters_are_float32_and_so_are_log_probabilities_where_bf16_computes
     float32 = records(one_process(*RUNS["packed"]), "loss")[0]
     assert bf16["logps/chosen"] != float32["logps/chosen"]
     assert bf16["logps/chosen"] == pytest.approx(float32["logps/chosen"], rel=0.01)
+
+
+@every_strategy
+@pytest.mark.parametrize("name", ["packed", "lora"])
+def test_the_replies_of_two_processes_are_those_of_one(name, strategy, launched, one_process):
+    one, two = (read_jsonl(folder / "samples.jsonl") for folder in (one_process(*RUNS[name]), launched(strategy).folder / name))
+    assert [row["step"] for row in one] == [0] * 5 + [2] * 5
+    assert two == one
+    assert one[:5] != one[5:]
 
 
 # ---- The head, where it is sharded ----

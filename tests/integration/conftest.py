@@ -1,6 +1,6 @@
 """What tests that break whole runs share: a recipe for two epochs of LoRA, and the server that forks runs."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -46,3 +46,18 @@ def recipe(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("recipe")
     save_workspace(folder, 16, 6, initializer_range=0.1)
     return write_recipe(folder, {**RECIPE, **recipe_keys(folder)})
+
+
+@pytest.fixture(scope="module")
+def unbroken(server, recipe, tmp_path_factory) -> Callable[..., Path]:
+    """The folder of a run with these options that nothing happens to; each is run once."""
+    folders: dict[tuple[str, ...], Path] = {}
+
+    def of(*options: str) -> Path:
+        if options not in folders:
+            folders[options] = tmp_path_factory.mktemp("unbroken")
+            ended = server.run(str(recipe), f"--output_dir={folders[options]}", *options)
+            assert ended.status == 0, ended.printed
+        return folders[options]
+
+    return of

@@ -1,7 +1,6 @@
 """What a run knows beside its weights outlives an interruption: the best step, the evaluations that are due, the way on."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,20 +19,6 @@ BEST = [
     "--use_peft=false", "--disable_dropout=true", "--learning_rate=0.03", "--load_best_model_at_end=true",
     "--metric_for_best_model=loss", "--eval_steps=2", "--save_steps=2",
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def unbroken(server, recipe, tmp_path_factory) -> Callable[..., Path]:
-    """The folder of a run with these options that nothing happens to; each is run once."""
-    folders: dict[tuple[str, ...], Path] = {}
-
-    def of(*options: str) -> Path:
-        if options not in folders:
-            folders[options] = tmp_path_factory.mktemp("unbroken")
-            go_on(server, recipe, folders[options], *options)
-        return folders[options]
-
-    return of
 
 
 def stop(server: Server, recipe: Path, folder: Path, *options: str, place: str, number: int, delay: float = 0.0) -> Ended:

@@ -19,7 +19,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 ROOT = Path(__file__).parents[2]
 ALL = "--report_to=wandb,mlflow,tensorboard"
-SHORT = ["--max_steps=6", "--save_steps=2", "--eval_steps=3", "--logging_steps=1"]
+PROMPTS = ["river", "mountain"]
+SHORT = [
+    "--max_steps=6", "--save_steps=2", "--eval_steps=3", "--logging_steps=1", '--sample_prompts=["river","mountain"]',
+    "--sample_max_new_tokens=4",
+]  # fmt: skip
 # A run whose fifth step begins, in the same script as any run; then what SABOTAGE does happens.
 SCRIPT = """
 import os, signal, subprocess, sys
@@ -113,6 +117,32 @@ def test_a_tracker_is_told_the_whole_recipe(unbroken):
     assert all(key.encode() in log.read_bytes() for key in ("dataset_mixer", "lora_target_modules"))
 
 
+def replies_on_board(folder: Path) -> list[tuple[int, str]]:
+    return [(event.step, event.tensor_proto.string_val[0].decode()) for event in board(folder).Tensors("samples/text_summary")]
+
+
+def test_a_tracker_is_told_the_replies_of_each_step(unbroken):
+    rows = read_jsonl(unbroken / "run" / "samples.jsonl")
+    assert [row["step"] for row in rows] == [0, 0, 3, 3, 6, 6]
+    shown = replies_on_board(unbroken)
+    assert [step for step, _ in shown] == [0, 3, 6]
+    assert all(f"**{prompt}**" in text for _, text in shown for prompt in PROMPTS)
+    (run,) = mlflow_runs(unbroken)
+    assert [row for step in (0, 3, 6) for path in run.rglob(f"step-{step}.jsonl") for row in read_jsonl(path)] == rows
+    tables = [json.loads(path.read_text()) for path in unbroken.glob("wandb/offline-run-*/files/media/table/samples_*.json")]
+    assert sorted(row for table in tables for row in table["data"]) == sorted(list(row.values()) for row in rows)
+    assert tables[0]["columns"] == ["step", "prompt", "response", "tokens"]
+
+
+def test_the_probe_is_drawn_beside_the_held_out_pairs(unbroken):
+    wanted = records(unbroken, "probe_rewards/margins")
+    assert [step for step, _ in wanted] == [3, 6, 6]
+    shown = [(event.step, pytest.approx(event.value)) for event in board(unbroken).Scalars("eval/probe_rewards/margins")]
+    assert shown == wanted
+    (run,) = mlflow_runs(unbroken)
+    assert mlflow_records(run, "eval_probe_rewards/margins") == wanted
+
+
 def test_a_resumed_run_goes_on_in_the_same_runs_and_repeats_no_record(recipe, unbroken, tmp_path):
     words = [str(recipe), f"--output_dir={tmp_path / 'run'}", ALL, *SHORT, "--save_steps=3"]
     killed = start(tmp_path, *words, SABOTAGE="os.kill(os.getpid(), signal.SIGKILL)")
@@ -123,6 +153,7 @@ def test_a_resumed_run_goes_on_in_the_same_runs_and_repeats_no_record(recipe, un
     (run,) = mlflow_runs(tmp_path)
     assert mlflow_records(run, "loss") == records(unbroken, "loss"), done.stdout + killed.stdout
     assert [event.step for event in board(tmp_path).Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
+    assert replies_on_board(tmp_path) == replies_on_board(unbroken)
 
 
 @pytest.mark.parametrize(

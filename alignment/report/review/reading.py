@@ -14,11 +14,13 @@ from .pairs import Pairs, pairs_of
 from .signals import Replies, Signals, replies_of, signals_of
 
 HELD_OUT_FILE, PROBE_FILE, SAMPLES_FILE = "eval_pairs.jsonl", "probe_pairs.jsonl", "samples.jsonl"
+WARNINGS_FILE = "warnings.jsonl"
 LOGS = ("metrics.jsonl", "trainer_state.json", "checkpoint-*/trainer_state.json", "trainer_log.jsonl")
 # What runs of one cell may differ in: the seed, and where and how a run was carried out.
 NOT_OF_A_CELL = (
     "seed", "data_seed", "output_dir", "run_name", "logging_dir", "hub_model_id", "report_to", "disable_tqdm", "log_level",
     "save_steps", "save_strategy", "save_total_limit", "save_minutes", "resume_from_checkpoint", "push_to_hub",
+    "sample_prompts", "sample_max_new_tokens", "sample_temperature",
 )  # fmt: skip
 
 
@@ -114,6 +116,7 @@ def read_run(path: Path, name: str | None = None, eval_log: Path | None = None) 
         notes.append(f"this run is not finished: {status}")
     log = None if log_path is None else read_log(log_path)
     replies = read_replies(path / SAMPLES_FILE, notes)
+    notes += [f"warned at step {row['step']}: {row['text']}" for row in read_warnings(path / WARNINGS_FILE)]
     return Reading(name, path, log, held_out_log, held_out, probe, replies, recipe, environment, tuple(notes))
 
 
@@ -160,6 +163,12 @@ def read_replies(path: Path, notes: list[str]) -> Replies | None:
     counted = all("tokens" in row for pair in pairs for row in pair)
     tokens = ([old["tokens"] for old, _ in pairs], [new["tokens"] for _, new in pairs]) if counted else None
     return replies_of(before, after, tokens)
+
+
+def read_warnings(path: Path) -> list[dict[str, Any]]:
+    """What the run itself warned of: step, warning (its name) and text."""
+    rows = raw_records(text_of(path))[0] if path.exists() else []
+    return [row for row in rows if {"step", "text"} <= set(row)]
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

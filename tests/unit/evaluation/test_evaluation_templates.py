@@ -11,6 +11,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from alignment.data.chat import pair_texts
+from alignment.data.prompts import prompt_of
 from alignment.data.template import find_chat_template, read_template, render, shipped_template
 from alignment.data.tokenization import LengthRules, tokenize_pairs
 from alignment.errors import UserError
@@ -18,7 +19,6 @@ from alignment.recipe.configs import DataArguments
 from alignment.recipe.parser import H4ArgumentParser
 from eval.settings import EvaluationArguments
 from on_policy_data_gen.configs import PolicyArguments
-from on_policy_data_gen.prompts import prompt_of
 from on_policy_data_gen.sampling import make_requests
 from tests import builders
 

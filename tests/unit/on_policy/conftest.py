@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from accelerate import PartialState
 
+from alignment.data.prompts import Prompt, prompt_of
 from on_policy_data_gen.configs import PolicyArguments
-from on_policy_data_gen.prompts import Prompt, prompt_of
 from on_policy_data_gen.sampling import Request, make_requests
 from tests import builders
 from tests.workspaces import save_model

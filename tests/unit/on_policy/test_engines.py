@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from alignment.data.prompts import row_seed
 from alignment.errors import TrainingStopped, UserError
 from on_policy_data_gen import server_client
-from on_policy_data_gen.sampling import Sampling, row_seed
+from on_policy_data_gen.sampling import Sampling
 from on_policy_data_gen.server_client import ServerEngine
 from on_policy_data_gen.vllm_process import VLLMEngine
 from tests.completions_server import completions_server, reply

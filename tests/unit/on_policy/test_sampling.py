@@ -6,12 +6,13 @@ from tokenizers.processors import TemplateProcessing
 from transformers import LlamaForCausalLM
 
 from alignment.data.chat import exact_pair_text
+from alignment.data.prompts import prompt_of, row_seed
 from alignment.data.template import shipped_template
 from alignment.data.tokenization import LengthRules, tokenize_pairs
 from alignment.errors import UserError
-from on_policy_data_gen.in_process import DrawByRow, TransformersEngine, left_padded, uniform_numbers
-from on_policy_data_gen.prompts import prompt_of
-from on_policy_data_gen.sampling import make_requests, policy_tokenizer, row_seed, sampling_of, stop_ids
+from alignment.model.generation import DrawByRow, left_padded, uniform_numbers
+from on_policy_data_gen.in_process import TransformersEngine
+from on_policy_data_gen.sampling import make_requests, policy_tokenizer, sampling_of, stop_ids
 from tests import builders
 
 DATE = "2026-01-02"

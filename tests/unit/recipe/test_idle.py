@@ -32,6 +32,8 @@ CASES = {
     "liger_kernel_config": ({"rope": True}, {}, None),  # the package is not installed
     "eval_steps": (5, {}, {"eval_strategy": "steps"}),
     "eval_delay": (5, {}, {"eval_strategy": "epoch"}),
+    "sample_max_new_tokens": (8, {}, {"sample_prompts": ["Why?"]}),
+    "sample_temperature": (0.0, {}, {"sample_prompts": ["Why?"]}),
     "bad_rows": ("drop", {}, {"preprocessing": "exact"}),
     "gradient_accumulation_steps": (3, {"total_train_batch_size": 8}, {}),
     "num_train_epochs": (2, {"max_steps": 5}, {}),

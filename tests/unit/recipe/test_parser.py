@@ -966,6 +966,8 @@ def admits(parser: H4ArgumentParser, name: str) -> set[Any]:
         types.discard(str)
     if str in types or list[str] in kinds:
         types.add("text")
+    if any(list in {get_origin(item) for item in members(get_args(kind)[0])} for kind in kinds if get_origin(kind) is list):
+        types.add("lists")
     if float in types:
         types.add(int)
     if "const" in target.field.metadata:
@@ -987,7 +989,7 @@ MISFITS = [
     ("", {"text", list}),
     ([], {list}),
     ([{}], set()),
-    ([[]], set()),
+    ([[]], {"lists"}),
     ({}, {dict}),
     ({1: 2}, set()),
 ]

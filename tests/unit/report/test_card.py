@@ -3,7 +3,7 @@
 import pytest
 from huggingface_hub import ModelCard
 
-from alignment.report.card import pair_card
+from alignment.report.card import pair_card, warned
 from scripts.simpo_config import SimPOConfig
 
 OBJECTIVE = SimPOConfig(use_cpu=True, beta=2.5, gamma_beta_ratio=0.55).objective
@@ -72,3 +72,8 @@ def test_local_paths_stay_out_of_the_header_where_the_hub_would_refuse_them(tmp_
     data = ModelCard(card(base_model=str(tmp_path), datasets=[str(tmp_path / "pairs.jsonl"), "me/pairs"])).data
     assert data.base_model is None
     assert data.datasets == ["me/pairs"]
+
+
+def test_a_card_tells_what_the_run_warned_of_and_nothing_where_it_did_not():
+    assert warned([]) == ""
+    assert warned([{"step": 10, "text": "half as likely"}]) == "\n## Warnings\n\n- Step 10: half as likely.\n"

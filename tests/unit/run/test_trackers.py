@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers.integrations.integration_utils import TensorBoardCallback
 
 from alignment.run.records import write_jsonl
 from alignment.run.trackers import (
@@ -14,6 +15,7 @@ from alignment.run.trackers import (
     recall,
     records_after,
     remember,
+    tell_replies,
     tracker_problems,
     without_disabled,
 )
@@ -161,6 +163,31 @@ def test_a_record_that_it_has_from_an_attempt_before_is_not_told_again(tmp_path)
     diary = Diary()
     live(track(diary, tmp_path, repeated))
     assert diary.told == ["begin", "log 1", "save", "log 3", "end"]  # the last is another record of step 3
+
+
+def test_a_probes_figures_are_told_where_the_held_out_ones_are(tmp_path):
+    told: list[dict] = []
+
+    class Listener(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+            told.append(logs)
+
+    logs = {"eval_rewards/margins": 1.0, "probe_rewards/margins": 2.0}
+    track(Listener(), tmp_path).on_log(SimpleNamespace(), TrainerState(), TrainerControl(), logs=logs)
+    assert told == [{"eval_rewards/margins": 1.0, "eval_probe_rewards/margins": 2.0}]
+    assert list(logs) == ["eval_rewards/margins", "probe_rewards/margins"]  # others are told the run's own names
+
+
+def test_replies_that_cannot_be_told_cost_one_warning(tmp_path, caplog):
+    board = TensorBoardCallback(tb_writer=SimpleNamespace(add_text=lambda *_: 1 / 0))
+    tracker = track(board, tmp_path)
+    trainer = SimpleNamespace(callback_handler=SimpleNamespace(callbacks=[tracker]))
+    for step in (0, 3):
+        tell_replies(trainer, step, [{"step": step, "prompt": "river", "response": "mountain", "tokens": 1}])
+    assert tracker.is_lost
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == [
+        "TensorBoard gets no more records: division by zero. The run goes on; metrics.jsonl has all of them."
+    ]
 
 
 def test_what_is_remembered_of_one_tracker_leaves_the_others(tmp_path):

@@ -45,6 +45,12 @@ def test_a_run_that_is_not_finished_is_said_to_be_so(run):
     assert verdict_of(found.signals()).name == "not decidable"
 
 
+def test_what_the_run_itself_warned_of_is_said(run):
+    rows = [{"step": 10, "warning": "chosen_fell", "text": "half as likely"}, {"step": 3, "warning": "without a text"}]
+    write_jsonl(run / "warnings.jsonl", rows)
+    assert read_run(run).notes == ("warned at step 10: half as likely",)
+
+
 def test_half_a_line_of_a_killed_writer_costs_that_line(run):
     path = run / "eval_pairs.jsonl"
     path.write_text(path.read_text()[:-40])
