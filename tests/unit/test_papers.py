@@ -71,7 +71,14 @@ def test_citation_and_changelog_have_the_version_of_the_package():
 
 
 def test_the_changelog_has_the_headings_that_its_form_knows():
-    assert {*re.findall(r"^### (.+)", CHANGELOG, re.MULTILINE)} <= {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
+    assert {*re.findall(r"^### (.+)", CHANGELOG, re.MULTILINE)} <= {
+        "Added",
+        "Changed",
+        "Deprecated",
+        "Removed",
+        "Fixed",
+        "Security",
+    }
 
 
 # ---- environment.yml ----
