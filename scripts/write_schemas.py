@@ -1,4 +1,4 @@
-"""Write the JSON schemas that recipes name in their second line: `python scripts/write_schemas.py` (`--check`: compare only)."""
+"""Write the JSON schemas that recipes name in line two: `python scripts/write_schemas.py` (`--check`: compare only)."""
 
 import json
 import sys

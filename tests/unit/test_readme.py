@@ -1,4 +1,4 @@
-"""The README says what is in the tree."""
+"""README and documents say what is in the tree."""
 
 import ast
 import re
@@ -10,8 +10,9 @@ import yaml
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TREE = re.search(r"## The tree\n\n```\n(.*?)```", README, re.DOTALL)[1]
-NEWER = (ROOT / "docs/recipes.md").read_text(encoding="utf-8")
-RECIPE_ROWS = re.findall(r"^\| (`[\w.-]+\.yaml`[^|]*) \| ([^|]+) \| ([^|]+) \|", README + NEWER, re.MULTILINE)
+PAGES = {path: path.read_text(encoding="utf-8") for path in sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])}
+OTHER_RECIPES = PAGES[ROOT / "docs/recipes.md"]
+RECIPE_ROWS = re.findall(r"^\| (`[\w.-]+\.yaml`[^|]*) \| ([^|]+) \| ([^|]+) \|", README + OTHER_RECIPES, re.MULTILINE)
 
 
 def named_recipes(cell: str) -> list[str]:
@@ -67,8 +68,9 @@ def test_the_table_repeats_the_recipes(cell, model, numbers):
 
 
 def test_the_commands_name_files_that_exist():
-    paths = re.findall(r"(?:accelerate_configs|training_configs|scripts|benchmarks|eval)/[\w/.-]+\.(?:yaml|py)", README)
-    assert len(paths) >= 4
+    commands = README + "".join(PAGES[ROOT / f"docs/{name}.md"] for name in ("data", "performance", "recipes", "running"))
+    paths = re.findall(r"(?:accelerate_configs|training_configs|scripts|benchmarks|eval)/[\w/.-]+\.(?:yaml|py)", commands)
+    assert len(paths) >= 12
     assert [path for path in paths if not (ROOT / path).is_file()] == []
 
 
@@ -80,3 +82,38 @@ def test_the_make_targets_exist():
 def test_the_python_example_is_python():
     (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     ast.parse(example)
+
+
+def headings(page: str) -> set[str]:
+    """What a link can name behind its #: as GitHub spells it."""
+    titles = re.findall(r"^#+ (.+)", re.sub(r"^```.*?^```", "", page, flags=re.MULTILINE | re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def broken_links(path: Path, page: str) -> list[str]:
+    found = re.findall(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]+))?\)", page)
+    targets = [(link, (path.parent / link).resolve() if link else path, anchor) for link, anchor in found]
+    return [
+        f"{path.name}: {link}#{anchor}"
+        for link, target, anchor in targets
+        if not target.exists() or (anchor and anchor not in headings(target.read_text(encoding="utf-8")))
+    ]
+
+
+def test_every_link_between_pages_leads_somewhere():
+    assert [link for path, page in PAGES.items() for link in broken_links(path, page)] == []
+
+
+@pytest.mark.parametrize("link", ["[a](docs/no-such-page.md)", "[a](docs/recipes.md#no-such-heading)", "[a](#no-such-heading)"])
+def test_a_link_that_leads_nowhere_would_be_seen(link):
+    assert broken_links(ROOT / "README.md", link)
+
+
+def test_the_readme_leads_to_every_page():
+    linked = {(ROOT / link).resolve() for link in re.findall(r"\]\(([\w./-]+\.md)", README)}
+    assert {*PAGES} - {ROOT / "README.md"} <= linked
+
+
+def test_the_readme_is_read_in_ten_minutes():
+    """200 words a minute, the tree apart, which is looked things up in."""
+    assert len(README.replace(TREE, "").split()) < 2000
