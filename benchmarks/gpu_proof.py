@@ -12,6 +12,7 @@ constraints.txt and setup.cfg, and what these need (`pip download --only-binary=
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -51,7 +52,7 @@ def sections(args: argparse.Namespace) -> list[Section]:
     if args.cpu:
         few = "--repeats 1 --micro-batches 1 --contenders published packed@2000t --recompute-layers 1"
         tiny = ["benchmarks/train_step.py", *TINY.split(), *few.split()]
-        return [Section("kernels", ["-m", "pytest", "-q", "tests/gpu"], 60), Section("llama, tiny", tiny, 60)]
+        return [Section("kernels", ["-m", "pytest", "-q", "tests/gpu"], 150), Section("llama, tiny", tiny, 150)]
 
     def shape(name: str, seconds: int, size: str, contenders: str, micro_batches: int) -> Section:
         given = f"{size} {ON_GPU} --micro-batches {micro_batches} --contenders {contenders}"
@@ -75,7 +76,7 @@ def sections(args: argparse.Namespace) -> list[Section]:
 
 def run(section: Section, folder: Path) -> Result:
     """The section's end, its output as far as it came."""
-    log = folder / f"{section.name}.log"
+    log = folder / f"{re.sub('[^A-Za-z0-9.-]+', '-', section.name)}.log"  # a name that any machine hands on
     started = time.perf_counter()
     with log.open("w") as file:
         command = [sys.executable, *section.command]

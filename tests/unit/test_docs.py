@@ -164,7 +164,7 @@ def read_command(line: str) -> str:
 @pytest.fixture
 def as_a_reader(tmp_path, monkeypatch):
     """In a folder with the recipes and what a page has its reader write."""
-    (recipe,) = blocks(PAGES["docs/data.md"], "yaml")
+    (recipe,) = blocks(PAGES["docs/your-own-data.md"], "yaml")
     (tmp_path / "mine.yaml").write_text(recipe, encoding="utf-8")
     (tmp_path / "vllm-env/bin").mkdir(parents=True)
     (tmp_path / "vllm-env/bin/python").symlink_to(sys.executable)
@@ -196,7 +196,7 @@ def test_a_command_that_would_not_run_would_be_seen(line):
 
 
 def test_what_a_guide_quotes_is_what_the_code_says():
-    """Of troubleshooting: text in quotation marks behind **Told by** or **Do**, as far as its numbers."""
+    """Of troubleshooting: text in quotation marks, up to the first long number."""
     code = " ".join(path.read_text(encoding="utf-8") for path in (ROOT / "alignment").rglob("*.py"))
     code = re.sub(r"\"\s+f?\"", "", code)  # a sentence that goes on in the next line
     quoted = re.findall(r"\"([a-zA-Z][^\"]{20,})\"", " ".join(PAGES["docs/troubleshooting.md"].split()))
@@ -205,7 +205,7 @@ def test_what_a_guide_quotes_is_what_the_code_says():
 
 
 def test_the_example_of_your_own_data_is_prepared_and_its_bad_row_refused(tmp_path, monkeypatch, capsys):
-    page = PAGES["docs/data.md"]
+    page = PAGES["docs/your-own-data.md"]
     good, bad = blocks(page, "jsonl")
     (recipe,) = blocks(page, "yaml")
     save_model(tmp_path / "model")
@@ -230,9 +230,9 @@ def test_the_example_of_your_own_data_is_prepared_and_its_bad_row_refused(tmp_pa
     assert "3 pairs, 128 a step" in capsys.readouterr().out
 
 
-def turns(*pairs: str) -> list[dict[str, str]]:
-    """ "user: q" as a turn."""
-    return [dict(zip(("role", "content"), text.split(": "), strict=True)) for text in pairs]
+def turns(*texts: str) -> list[dict[str, str]]:
+    """Each text, like user: q, as a turn."""
+    return [dict(zip(("role", "content"), text.split(": "), strict=True)) for text in texts]
 
 
 def row_of(chosen: list, rejected: list, **more) -> dict:
@@ -262,7 +262,7 @@ def read_pairs(folder: Path, row: dict, bad_rows: str) -> SplitReport:
 
 
 def test_rows_are_refused_or_left_out_as_the_table_of_your_own_data_says(tmp_path):
-    table = re.findall(r"^\| ([^|]+) \| ([^|]+) \| (refused|left out) \|$", PAGES["docs/data.md"], re.MULTILINE)
+    table = re.findall(r"^\| ([^|]+) \| ([^|]+) \| (refused|left out) \|$", PAGES["docs/your-own-data.md"], re.MULTILINE)
     assert [kind for kind, _, _ in table] == [*REFUSED]
     for number, (kind, message, fate) in enumerate(table):
         with pytest.raises(UserError) as refusal:

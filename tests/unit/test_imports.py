@@ -95,6 +95,7 @@ ORDER = {
         "steps",
         "reference",
         "records",
+        "evaluation",
         "trainer",
     ],
     "watch": ["settings", "rules", "warnings", "samples"],
