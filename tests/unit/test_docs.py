@@ -254,10 +254,10 @@ REFUSED = {
 }
 
 
-def read_pairs(folder: Path, row: dict, bad_rows: str) -> SplitReport:
+def read_pairs(folder: Path, row: dict, bad_rows: str, preprocessing: str = "exact") -> SplitReport:
     save_splits(folder, [row_of(ASKED + GOOD, ASKED + BAD), row], [row_of(ASKED + GOOD, ASKED + BAD)])
     source = DataArguments(dataset_mixer={str(folder): 1.0})
-    rules = {"columns": PAIRS.columns, "preprocessing": "exact", "seed": 42, "do_eval": True}
+    rules = {"columns": PAIRS.columns, "preprocessing": preprocessing, "seed": 42, "do_eval": True}
     return get_datasets(source, bad_rows=bad_rows, **rules)[1]["train"]
 
 
@@ -268,12 +268,14 @@ def test_rows_are_refused_or_left_out_as_the_table_of_your_own_data_says(tmp_pat
         with pytest.raises(UserError) as refusal:
             read_pairs(tmp_path / f"{number}", REFUSED[kind], "refuse")
         assert re.search(rf"train\.jsonl, line 2: .*{re.escape(message)}\n", str(refusal.value)), kind
-        if fate == "refused":
-            with pytest.raises(UserError, match="mend or remove what cannot be read"):
-                read_pairs(tmp_path / f"{number}-drop", REFUSED[kind], "drop")
-        else:
-            report = read_pairs(tmp_path / f"{number}-drop", REFUSED[kind], "drop")
-            assert (report.read, report.kept) == (2, 1), kind
+        for case, rules in enumerate([("drop",), ("refuse", "published")]):
+            folder = tmp_path / f"{number}-{case}"
+            if fate == "refused":
+                with pytest.raises(UserError, match="mend or remove what cannot be read"):
+                    read_pairs(folder, REFUSED[kind], *rules)
+            else:
+                report = read_pairs(folder, REFUSED[kind], *rules)
+                assert (report.read, report.kept) == (2, 1 if rules == ("drop",) else 2), kind
 
 
 def test_two_equal_replies_are_counted_and_stay_in(tmp_path):
