@@ -9,22 +9,37 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
 
+import on_policy_data_gen.recipe
 import scripts.generate
 import scripts.merge_adapter
 import scripts.push_run
 import scripts.review_run
 import scripts.score_pairs
+from alignment.data.mixing import SplitReport, get_datasets
 from alignment.data.splits import PAIRS
+from alignment.errors import UserError
 from alignment.pipeline import Method, main
+from alignment.preference.losses import simpo_loss
 from alignment.recipe.configs import DataArguments, ModelArguments
 from alignment.recipe.parser import H4ArgumentParser
+from eval.settings import EvaluationArguments
+from on_policy_data_gen.configs import (
+    AnnotateArguments,
+    DecodeArguments,
+    PairArguments,
+    PolicyArguments,
+    PostProcessArguments,
+    PromptArguments,
+    RewardArguments,
+)
 from scripts.dpo_config import DPOConfig
 from scripts.orpo_config import ORPOConfig
 from scripts.sft_config import SFTConfig
 from scripts.simpo_config import SimPOConfig
 from scripts.simpo_trainer import SimPOTrainer
-from tests.workspaces import recipe_keys, save_model, save_workspace, write_recipe
+from tests.workspaces import recipe_keys, save_model, save_splits, save_workspace, write_recipe
 
 ROOT = Path(__file__).parents[2]
 KEYS = {
@@ -52,113 +67,145 @@ def test_the_objective_that_the_guide_adds_trains(tmp_path):
     assert any("rewards/margins" in record for record in records)
 
 
-def test_the_commands_for_after_a_run_are_read_by_their_entry_points():
-    page = (ROOT / "docs/after-a-run.md").read_text(encoding="utf-8")
-    parsers = {
-        "generate": scripts.generate.short_help(),
-        "merge_adapter": scripts.merge_adapter.parser(),
-        "push_run": scripts.push_run.parser(),
-        "score_pairs": scripts.score_pairs.parser(),
-    }
-    read = []
-    for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL):
-        for line in block.splitlines():
-            _, script, *words = shlex.split(re.sub(r"[\[\]]|\.\.\.", "", line), comments=True)
-            assert (ROOT / script).is_file()
-            if (parser := parsers.get(Path(script).stem)) is not None:
-                _, unknown = parser.parse_known_args(words)
-                assert set(unknown) <= ({"--key=value", "--preprocessing=exact"} if "score" in script else set())
-                read.append(Path(script).stem)
-    assert {*read} == {*parsers}
-
-
-GUIDES = (
-    "your-own-data", "choosing-settings", "reproducing-a-paper-run", "comparing-objectives", "troubleshooting",
-)  # fmt: skip
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-# Keys of recipes, and published spellings of some.
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+    for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
+}
 CONFIGS = (SimPOConfig, DPOConfig, ORPOConfig, SFTConfig, ModelArguments, DataArguments)
 KNOWN = {each.name for config in CONFIGS for each in fields(config)} | {"warmup_ratio", "torch_dtype", "evaluation_strategy"}
+# `name: value` of something else: a matrix's launch, a record of a log, a source of data.
+OTHERS = {"on", "slurm_signal_delay_s", "loss", "grad_norm", "pairs"}
 
 
-def text_of(name: str) -> str:
-    return (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page, re.DOTALL)
 
 
-def blocks(text: str, language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+def unknown_keys(page: str) -> set[str]:
+    """Of recipes, given a value in backticks."""
+    prose = re.sub(r"^```.*?^```", "", page, flags=re.DOTALL | re.MULTILINE)
+    return {*re.findall(r"`([a-z_0-9]+): [^`]+`", prose)} - KNOWN - OTHERS
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_relative_links_lead_somewhere(page):
-    targets = re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text(encoding="utf-8"))
-    assert [target for target in targets if not (page.parent / target).exists()] == []
+@pytest.mark.parametrize("name", PAGES)
+def test_keys_that_a_page_sets_are_keys_of_recipes(name):
+    assert unknown_keys(PAGES[name]) == set()
 
 
-def test_the_readme_leads_to_every_guide():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert [name for name in GUIDES if f"](docs/{name}.md)" not in readme] == []
+def test_a_key_that_no_recipe_has_would_be_seen():
+    assert unknown_keys("lower `learning_rat: 3e-7`") == {"learning_rat"}
 
 
-@pytest.mark.parametrize("name", GUIDES)
-def test_keys_that_a_guide_sets_are_keys_of_recipes(name):
-    """`key: value` in backticks; sources of dataset_mixer, which are no keys, have a slash, a star, or the example's folder."""
-    set_keys = re.findall(r"`\"?([\w./*]+)\"?: [^`]+`", text_of(name))
-    records = {"pairs", "loss", "grad_norm", "pairs/train.jsonl", "shards/*.jsonl", "owner/name"}
-    assert {*set_keys} - KNOWN - records == set()
+@pytest.mark.parametrize("name", PAGES)
+def test_files_that_a_page_names_exist(name):
+    folders = "accelerate_configs|training_configs|scripts|benchmarks|eval|on_policy_data_gen|tests|alignment|docs"
+    paths = re.findall(rf"(?<![\w/.])((?:{folders})/[\w/.-]+\.(?:yaml|py|md|json|slurm))", PAGES[name])
+    to_be_written = {"scripts/toy_config.py", "scripts/toy_trainer.py", "scripts/run_toy.py"} if "objective" in name else set()
+    assert [path for path in {*paths} - to_be_written if not (ROOT / path).is_file()] == []
 
 
-@pytest.mark.parametrize("name", GUIDES)
-def test_files_that_a_guide_names_exist(name):
-    folders = "accelerate_configs|training_configs|scripts|benchmarks|eval|on_policy_data_gen|tests|alignment"
-    paths = re.findall(rf"\b((?:{folders})/[\w/.-]+\.(?:yaml|py))", text_of(name))
-    assert [path for path in paths if not (ROOT / path).is_file()] == []
+# ---- Commands ----
+
+RECIPES = {  # of an entry point: what it can be told, and the recipe that RECIPE.yaml stands for
+    "scripts/run_simpo.py": ((ModelArguments, DataArguments, SimPOConfig), "training_configs/llama-3-8b-instruct-simpo.yaml"),
+    "scripts/run_on_policy.py": (on_policy_data_gen.recipe.KINDS, "training_configs/on-policy/llama-3-8b-instruct.yaml"),
+    "on_policy_data_gen/decode.py": ((PromptArguments, PolicyArguments, DecodeArguments), None),
+    "on_policy_data_gen/post_process.py": ((PostProcessArguments,), None),
+    "on_policy_data_gen/reward_model_annotate.py": ((RewardArguments, PairArguments, AnnotateArguments), None),
+    "eval/generate_outputs.py": ((PolicyArguments, EvaluationArguments), None),
+}
+PARSERS = {
+    "scripts/generate.py": scripts.generate.short_help,
+    "scripts/merge_adapter.py": scripts.merge_adapter.parser,
+    "scripts/push_run.py": scripts.push_run.parser,
+    "scripts/review_run.py": scripts.review_run.parser,
+    "scripts/score_pairs.py": scripts.score_pairs.parser,
+}
+# Of other packages; the second runs where they are installed (make test-evaluation), the third makes an environment.
+FOREIGN = ("lm_eval run ", "vllm-env/bin/vllm serve ", "python3 -m venv vllm-env && ")
 
 
-def recipe_command(words: list[str]) -> tuple[str, list[str]]:
-    """The script of a command and what it is given, whatever launches it."""
-    place = next(index for index, word in enumerate(words) if word.startswith("scripts/"))
-    return words[place], words[place + 1 :]
+def commands() -> list[tuple[str, str]]:
+    """Page and line of every command that a page shows."""
+    return [
+        (name, line) for name, page in PAGES.items() for block in blocks(page, "bash") for line in block.splitlines() if line
+    ]
 
 
-def test_the_commands_of_the_guides_are_read_by_their_entry_points(tmp_path, monkeypatch):
-    """Each is parsed as its entry point parses it, with the recipe that it names; mine.yaml is the page's own."""
-    (tmp_path / "mine.yaml").write_text(blocks(text_of("your-own-data"), "yaml")[0], encoding="utf-8")
-    for folder in ("training_configs", "accelerate_configs"):
+def read_command(line: str) -> str:
+    """The script that a command starts, once its entry point has read what it is given; make's target; "" for a foreign one."""
+    if line.startswith(FOREIGN):
+        return ""
+    words = shlex.split(re.sub(r"[\[\]]|\.\.\.", "", line), comments=True)
+    if words[0] == "make":
+        assert words[1] in re.findall(r"^([\w.-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+        return f"make {words[1]}"
+    place = next(index for index, word in enumerate(words) if word.endswith(".py"))
+    script, given = words[place], words[place + 1 :]
+    assert (ROOT / script).is_file()
+    if script in RECIPES:
+        kinds, recipe = RECIPES[script]
+        is_run = script == "scripts/run_simpo.py" and not {"--dry_run", "--prepare_only"} & {*given}
+        local = ["--dry_run"] * is_run  # then what only this machine lacks is no error
+        H4ArgumentParser(kinds).parse([recipe if word == "RECIPE.yaml" else word for word in given] + local)
+    elif script in PARSERS:
+        _, unknown = PARSERS[script]().parse_known_args(given)
+        assert {*unknown} <= ({"--key=value", "--preprocessing=exact"} if script == "scripts/score_pairs.py" else set())
+    elif script == "scripts/run_ablation.py":
+        assert Path(given[0]).is_file()
+        assert given[1:] in ([], ["--check"])
+    else:
+        source = (ROOT / script).read_text(encoding="utf-8")
+        assert script.startswith("benchmarks/")
+        assert [word for word in given if word.startswith("--") and f'"{word}"' not in source and word != "--vocab"] == []
+    return script
+
+
+@pytest.fixture
+def as_a_reader(tmp_path, monkeypatch):
+    """In a folder with the recipes and what a page has its reader write."""
+    (recipe,) = blocks(PAGES["docs/your-own-data.md"], "yaml")
+    (tmp_path / "mine.yaml").write_text(recipe, encoding="utf-8")
+    (tmp_path / "vllm-env/bin").mkdir(parents=True)
+    (tmp_path / "vllm-env/bin/python").symlink_to(sys.executable)
+    for folder in ("training_configs", "accelerate_configs", "eval"):
         (tmp_path / folder).symlink_to(ROOT / folder)
     monkeypatch.chdir(tmp_path)
-    read = []
-    for name in GUIDES:
-        for line in "\n".join(blocks(text_of(name), "bash")).splitlines():
-            if not line:
-                continue
-            script, words = recipe_command(shlex.split(line, comments=True))
-            assert (ROOT / script).is_file()
-            if script.endswith("run_simpo.py"):
-                # A dry run forgives this machine its lack of GPUs.
-                words += [] if {"--dry_run", "--prepare_only"} & {*words} else ["--dry_run"]
-                H4ArgumentParser((ModelArguments, DataArguments, SimPOConfig)).parse(words)
-            elif script.endswith("review_run.py"):
-                scripts.review_run.parser().parse_args(words)
-            else:
-                assert script.endswith("run_ablation.py")
-                assert Path(words[0]).is_file()
-                assert words[1:] in ([], ["--check"])
-            read.append(Path(script).stem)
-    assert {*read} == {"run_simpo", "review_run", "run_ablation"}
+
+
+@pytest.mark.usefixtures("as_a_reader")
+def test_every_command_of_every_page_is_read_by_its_entry_point():
+    read = [read_command(line) for _, line in commands()]
+    assert {*RECIPES, *PARSERS, "scripts/run_ablation.py", "make quickstart"} <= {*read}
+
+
+@pytest.mark.usefixtures("as_a_reader")
+@pytest.mark.parametrize(
+    "line",
+    [
+        "python scripts/run_simpo.py RECIPE.yaml --gpu_memry=80",
+        "python scripts/review_run.py",
+        "python scripts/run_simpos.py RECIPE.yaml",
+        "make quickstrat",
+        "python benchmarks/train_step.py --contender packed",
+    ],
+)
+def test_a_command_that_would_not_run_would_be_seen(line):
+    with pytest.raises((AssertionError, SystemExit, UserError)):
+        read_command(line)
 
 
 def test_what_a_guide_quotes_is_what_the_code_says():
     """Of troubleshooting: text in quotation marks, up to the first long number."""
     code = " ".join(path.read_text(encoding="utf-8") for path in (ROOT / "alignment").rglob("*.py"))
     code = re.sub(r"\"\s+f?\"", "", code)  # a sentence that goes on in the next line
-    quoted = re.findall(r"\"([a-zA-Z][^\"]{13,})\"", " ".join(text_of("troubleshooting").split()))
+    quoted = re.findall(r"\"([a-zA-Z][^\"]{20,})\"", " ".join(PAGES["docs/troubleshooting.md"].split()))
     assert len(quoted) >= 5
     assert [each for each in quoted if re.split(r"\d{3,}", each)[0] not in code] == []
 
 
 def test_the_example_of_your_own_data_is_prepared_and_its_bad_row_refused(tmp_path, monkeypatch, capsys):
-    page = text_of("your-own-data")
+    page = PAGES["docs/your-own-data.md"]
     good, bad = blocks(page, "jsonl")
     (recipe,) = blocks(page, "yaml")
     save_model(tmp_path / "model")
@@ -181,3 +228,93 @@ def test_the_example_of_your_own_data_is_prepared_and_its_bad_row_refused(tmp_pa
     assert message in capsys.readouterr().err
     main(simpo, [*command, "--bad_rows=drop"])
     assert "3 pairs, 128 a step" in capsys.readouterr().out
+
+
+def turns(*texts: str) -> list[dict[str, str]]:
+    """Each text, like user: q, as a turn."""
+    return [dict(zip(("role", "content"), text.split(": "), strict=True)) for text in texts]
+
+
+def row_of(chosen: list, rejected: list, **more) -> dict:
+    return {"chosen": chosen, "rejected": rejected, **more}
+
+
+ASKED, GOOD, BAD = turns("user: q"), turns("assistant: x"), turns("assistant: y")
+# The rows of the page's table, in its order.
+REFUSED = {
+    "prompt and replies are texts": {"prompt": "q", "chosen": "x", "rejected": "y"},
+    "replies alone": row_of(GOOD, BAD),
+    "turns of `from` and `value`": row_of([{"from": "human", "value": "q"}] * 2, [{"from": "human", "value": "q"}] * 2),
+    "one reply": {"chosen": ASKED + GOOD},
+    "a role of another name": row_of(turns("human: q") + GOOD, turns("human: q") + BAD),
+    "two prompts": row_of(ASKED + GOOD, turns("user: p") + BAD),
+    "`prompt` is not how `chosen` begins": row_of(ASKED + GOOD, ASKED + BAD, prompt=ASKED + turns("assistant: a")),
+    "an empty reply": row_of(ASKED + turns("assistant: "), ASKED + BAD),
+    "an empty question": row_of(turns("user: ") + GOOD, turns("user: ") + BAD),
+}
+
+
+def read_pairs(folder: Path, row: dict, bad_rows: str, preprocessing: str = "exact") -> SplitReport:
+    save_splits(folder, [row_of(ASKED + GOOD, ASKED + BAD), row], [row_of(ASKED + GOOD, ASKED + BAD)])
+    source = DataArguments(dataset_mixer={str(folder): 1.0})
+    rules = {"columns": PAIRS.columns, "preprocessing": preprocessing, "seed": 42, "do_eval": True}
+    return get_datasets(source, bad_rows=bad_rows, **rules)[1]["train"]
+
+
+def test_rows_are_refused_or_left_out_as_the_table_of_your_own_data_says(tmp_path):
+    table = re.findall(r"^\| ([^|]+) \| ([^|]+) \| (refused|left out) \|$", PAGES["docs/your-own-data.md"], re.MULTILINE)
+    assert [kind for kind, _, _ in table] == [*REFUSED]
+    for number, (kind, message, fate) in enumerate(table):
+        with pytest.raises(UserError) as refusal:
+            read_pairs(tmp_path / f"{number}", REFUSED[kind], "refuse")
+        assert re.search(rf"train\.jsonl, line 2: .*{re.escape(message)}\n", str(refusal.value)), kind
+        for case, rules in enumerate([("drop",), ("refuse", "published")]):
+            folder = tmp_path / f"{number}-{case}"
+            if fate == "refused":
+                with pytest.raises(UserError, match="mend or remove what cannot be read"):
+                    read_pairs(folder, REFUSED[kind], *rules)
+            else:
+                report = read_pairs(folder, REFUSED[kind], *rules)
+                assert (report.read, report.kept) == (2, 1 if rules == ("drop",) else 2), kind
+
+
+def test_two_equal_replies_are_counted_and_stay_in(tmp_path):
+    report = read_pairs(tmp_path / "pairs", row_of(ASKED + GOOD, ASKED + GOOD), "refuse")
+    assert (report.kept, report.tolerated) == (2, {"identical responses": 1})
+
+
+def test_two_equal_replies_give_no_gradient():
+    reply = torch.tensor([-1.3], requires_grad=True)
+    simpo_loss(reply, reply, beta=10.0, gamma_beta_ratio=0.3).sum().backward()
+    assert reply.grad.item() == 0
+
+
+@pytest.mark.parametrize("beta", [2.0, 10.0])
+def test_a_pair_lets_go_as_the_guide_to_settings_says(beta):
+    """Half of beta at the ratio, 88 % and 12 % of beta 2 / beta nats below and above."""
+    leads = torch.tensor([0.3 - 2 / beta, 0.3, 0.3 + 2 / beta], requires_grad=True)
+    simpo_loss(leads, torch.zeros(3), beta=beta, gamma_beta_ratio=0.3).sum().backward()
+    assert (-leads.grad / beta).tolist() == pytest.approx([0.88, 0.5, 0.12], abs=0.005)
+
+
+def test_the_loss_at_first_is_what_the_guide_to_a_paper_run_says():
+    (text,) = re.findall(r"^\| `loss` \| ([^|]+)", PAGES["docs/reproducing-a-paper-run.md"], re.MULTILINE)
+    said = re.findall(r"([\d.]+) for [^(]+\(([\d.]+) x ([\d.]+)\)", text)
+    said += re.findall(r"([\d.]+) for its v2 \(([\d.]+) x ([\d.]+)\)", text)
+    assert len({*said}) == 2
+    for loss, beta, ratio in said:
+        even = torch.zeros(1)
+        assert simpo_loss(even, even, beta=float(beta), gamma_beta_ratio=float(ratio)).item() == pytest.approx(
+            float(loss), abs=0.005
+        )
+
+
+def test_the_golden_run_begins_and_ends_as_the_guide_to_a_paper_run_says():
+    page = " ".join(PAGES["docs/reproducing-a-paper-run.md"].split())
+    sides = r"rewards of the chosen from (\S+) to (\S+), of the rejected from (\S+) to (\S+)\. A"
+    sentence = rf"a loss of (\S+) at the first step and (\S+) at the last, {sides}"
+    said = [float(number) for number in re.search(sentence, page).groups()]
+    trace = json.loads((ROOT / "tests/golden/data/traces/sigmoid-header.json").read_text(encoding="utf-8"))
+    steps = [record for record in trace if "loss" in record]
+    logged = [steps[at][key] for key in ("loss", "rewards/chosen", "rewards/rejected") for at in (0, -1)]
+    assert said == pytest.approx(logged, abs=0.051)
