@@ -1,4 +1,4 @@
-"""A training step on tensors without data, for `alignment.preference.memory.estimate`: six layers, watched stretch by stretch.
+"""A training step on tensors without data, for `alignment.preference.memory.estimate`: nine layers, watched stretch by stretch.
 
 Three of them are recomputed in backward, three are not. The model, its head, its adapter, its layout and its sharding are
 made by the code that makes the real ones; kernels that only a GPU has are stood for (see stand_ins). `answer` is the whole
@@ -48,9 +48,10 @@ from .stand_ins import fuse_layers, fused_attention, quantise, rotated_in_place
 aten = torch.ops.aten
 BLOCK = 512  # bytes: torch's allocator gives a GPU's memory in multiples of it
 STOOD_FOR = "stand_in"  # what the attention of a GPU is called
-# The first and the last also wait for, or clear away, what FSDP gathered for the embedding and the head; of the others there
-# are two each, because layers can alternate.
-LAYERS = ("recomputed", "recomputed", "recomputed", "kept", "kept", "kept")
+# Two at each end also wait for, or clear away, what FSDP gathered for the embedding and the head, and the first kept one has
+# its neighbour's traces. Of the others two each are USUAL, because layers can alternate.
+LAYERS = ("recomputed",) * 4 + ("kept",) * 5
+USUAL = {"recomputed": slice(2, 4), "kept": slice(5, 7)}
 # Tokens of the micro-batches that are tried. What TRL's head needs stops growing at 4,096 scored tokens; on a CPU, attention
 # goes block by block and the head tile by tile, which takes time and is linear sooner.
 TRIED = {"cuda": (1024, 5120, 16384), "cpu": (256, 1024)}
@@ -206,16 +207,25 @@ def cut_behind(ledger: Ledger, name: str, following: str, _module: nn.Module, _a
 
 
 def by_stretch(windows: dict[str, Window]) -> dict[str, Window]:
-    """Windows of numbered layers -> of a recomputed and a kept one, and what the first and the last have over these."""
+    """Windows of numbered layers -> of a recomputed and a kept one, and what both ends have over these.
+
+    An end is two layers: FSDP gathers ahead, so that the second one's window holds what the model has in front of its layers.
+    """
     found = {name: window for name, window in windows.items() if not name[0].isdigit()}
     for way in ("forward", "backward"):
         each = [windows[f"{number} {way}"] for number in range(len(LAYERS))]
-        for kind in set(LAYERS):
-            inner = [window for window, own in zip(each[1:-1], LAYERS[1:-1], strict=True) if own == kind]
-            found[f"{kind} {way}"] = mean_of(inner)
-        found[f"first {way}"] = plus(each[0], found[f"{LAYERS[0]} {way}"], -1)
-        found[f"last {way}"] = plus(each[-1], found[f"{LAYERS[-1]} {way}"], -1)
+        found |= {f"{kind} {way}": mean_of(each[numbers]) for kind, numbers in USUAL.items()}
+        first, last = found[f"{LAYERS[0]} {way}"], found[f"{LAYERS[-1]} {way}"]
+        found[f"first {way}"] = end_over(first, each[0], each[1], comes_second=way == "backward")
+        found[f"last {way}"] = end_over(last, each[-1], each[-2], comes_second=way == "forward")
     return found
+
+
+def end_over(usual: Window, outer: Window, inner: Window, *, comes_second: bool) -> Window:
+    """What the two layers of an end have over two usual ones, as of the outer one. comes_second: it runs behind the inner."""
+    more = plus(inner, usual, -1)
+    before = more if comes_second else Window(0, 0)
+    return plus(plus(outer, usual, -1), Window(more.held, before.held, more.gathered, before.gathered))
 
 
 def decoder_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
@@ -359,7 +369,7 @@ def tokens_of(batch: Batch) -> int:
 
 
 def probe(plan: Plan) -> MemoryModel:
-    """What the plan's step does to memory, on a model of six layers without data."""
+    """What the plan's step does to memory, on a model of nine layers without data."""
     ledger, answers = Ledger(), Answers()
     with silent_processes(plan), movable_modules(), FakeTensorMode(allow_non_fake_inputs=True), ledger, answers:
         model = build(plan, len(LAYERS))

@@ -1,6 +1,6 @@
 """Peak memory per device of a training step, known before anything is loaded. T tokens of a micro-batch, L layers.
 
-`estimate(plan)` runs the step of a model of six layers on tensors without data (see fake_step) and keeps what
+`estimate(plan)` runs the step of a model of nine layers on tensors without data (see fake_step) and keeps what
 each stretch of a micro-batch did to memory: embedding, a layer that is recomputed, a layer that is not, head, and the same
 backwards. `MemoryModel.peak` puts the stretches together again for any number of layers and tokens, and finds the highest
 point; no tensor is involved.
