@@ -1,5 +1,6 @@
 """The memory estimate against what was measured: small models here, large ones on a GPU once."""
 
+import copy
 import itertools
 from dataclasses import replace
 from typing import NamedTuple
@@ -33,6 +34,16 @@ def small_models() -> dict[tuple[str, str, str], MemoryModel]:
 def test_a_cpu_step_peaks_where_the_estimate_says(case, small_models):
     for row in compare(small_models[case], PAIRS):
         assert row.estimated == pytest.approx(row.measured, rel=TOLERANCE), row
+
+
+@pytest.mark.parametrize("precision", [None, torch.bfloat16], ids=str)
+def test_what_fsdp_gathers_ahead_counts_once_however_many_layers_there_are(precision):
+    """A vocabulary so large, and layers so many, that counting it with every layer would add 39 %."""
+    plan = small_plan("llama", "fsdp2")
+    config = copy.deepcopy(plan.config)
+    config.num_hidden_layers, config.vocab_size = 16, 16_000
+    for row in compare(estimate(replace(plan, config=config, compute_dtype=precision)), 1):
+        assert row.estimated == pytest.approx(row.measured, rel=0.02), row
 
 
 def test_an_estimate_leaves_no_trace(small_models):
