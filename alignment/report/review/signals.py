@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import scipy  # scipy.stats is read when it is used: it takes half a second, and every run reads this file
 from scipy.special import expit
-from scipy.stats import spearmanr
 
 from .conventions import FEWEST_MATCHED, REPLY_BYTES, SAME_LENGTH
 from .logs import LogSignals
@@ -206,7 +206,7 @@ def lengths_of(pairs: Pairs) -> Lengths:
 def rank_correlation(first: np.ndarray, second: np.ndarray) -> float | None:
     if np.ptp(first) == 0 or np.ptp(second) == 0:
         return None
-    return float(spearmanr(first, second).statistic)
+    return float(scipy.stats.spearmanr(first, second).statistic)
 
 
 def replies_of(
