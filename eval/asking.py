@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
 from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase
 
@@ -14,6 +13,7 @@ from alignment.data.prompts import Prompt
 from alignment.data.template import Turns
 from alignment.errors import UserError
 from alignment.model.loading import positions
+from alignment.report.review.reading import read_yaml
 from alignment.run.checkpoints import RECIPE_FILE
 from on_policy_data_gen.configs import PolicyArguments
 from on_policy_data_gen.engines import open_engine
@@ -48,8 +48,7 @@ def trained_behind_system_turn(model: str) -> bool:
 
     Published preprocessing does, and the template that such a run saves does not.
     """
-    recipe = Path(model, RECIPE_FILE)
-    keys = yaml.safe_load(recipe.read_text(encoding="utf-8")) if recipe.is_file() else {}
+    keys = read_yaml(Path(model, RECIPE_FILE))
     return keys.get("preprocessing") == "published" and keys.get("auto_insert_empty_system_msg") is True
 
 

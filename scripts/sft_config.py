@@ -6,6 +6,7 @@ from typing import Any
 import trl
 
 from alignment.errors import Problem
+from alignment.preference.configs import RANGES
 from alignment.recipe.configs import RunArguments
 from alignment.recipe.ranges import Rule, rule_problems
 from alignment.report.objective import Objective
@@ -22,12 +23,7 @@ TOKENIZED_BEFORE: dict[str, Rule] = {
 }
 
 
-BY_TOKENS: dict[str, Rule] = {
-    "max_tokens_per_micro_batch": (
-        lambda value: value in ("auto", None) or (not isinstance(value, str) and value > 0),
-        "must be positive, auto or null",
-    ),
-}
+BUDGET = "max_tokens_per_micro_batch"
 WHOLE_ROWS = "auto or null: with packing every row has max_length tokens already; per_device_train_batch_size counts them"
 
 
@@ -53,15 +49,15 @@ class SFTConfig(RunArguments, trl.SFTConfig):
         return Objective("SFT", "Supervised fine-tuning", "-log p(token), mean over tokens", {})
 
     def problems(self) -> list[Problem]:
-        problems = super().problems() + rule_problems(self, TOKENIZED_BEFORE | BY_TOKENS)
+        problems = super().problems() + rule_problems(self, {**TOKENIZED_BEFORE, BUDGET: RANGES[BUDGET]})
         if isinstance(tokens := self.max_tokens_per_micro_batch, int):
             if self.packing:
-                problems.append(Problem("max_tokens_per_micro_batch", tokens, WHOLE_ROWS))
+                problems.append(Problem(BUDGET, tokens, WHOLE_ROWS))
             elif self.max_length is not None and tokens < self.max_length:
                 advice = (
                     f"a conversation may have max_length = {self.max_length} tokens; give at least that, or lower max_length"
                 )
-                problems.append(Problem("max_tokens_per_micro_batch", tokens, advice))
+                problems.append(Problem(BUDGET, tokens, advice))
         return problems
 
     @classmethod

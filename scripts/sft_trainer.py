@@ -1,6 +1,7 @@
 """SFTTrainer: TRL's, with this suite's steps by tokens, checkpoints, guards against numbers not finite, and evaluation."""
 
 import logging
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput
 
 from alignment.errors import UserError
-from alignment.preference.by_tokens import StepsByTokens
+from alignment.preference.by_tokens import StepsByTokens, smaller_budget
 from alignment.preference.collate import Batch, Row, Rows, parts_by_tokens
 from alignment.preference.fitting import is_gpu
 from alignment.preference.metrics import RunningMeans
@@ -65,9 +66,9 @@ class SFTTrainer(StepsByTokens, DurableTrainer, trl.SFTTrainer):
         samples, labels = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not samples or "rows" not in samples[0]:
             return samples, labels
-        parts, rounds = self.divided_evenly([row for sample in samples for row in sample["rows"].rows])
-        batches = [self.data_collator(part) for part in parts]
-        _, labels = super().get_batch_samples(iter(batches), len(batches), device)
+        rows = [row for sample in samples for row in sample["rows"].rows]
+        parts, rounds = self.divided_evenly(rows)
+        _, labels = super().get_batch_samples(({"labels": torch.tensor(labels_of(row))} for row in rows), len(rows), device)
         whole = {"micro_batches": parts, "rounds": rounds}
         return [*({"micro_batches": []} for _ in samples[1:]), whole], labels
 
@@ -81,7 +82,7 @@ class SFTTrainer(StepsByTokens, DurableTrainer, trl.SFTTrainer):
             counts = [sum(labelled(row) for row in part) for part in parts] + [0] * (rounds - len(parts))
             counts.append(sum(len(row["input_ids"]) for part in parts for row in part))
             *counts, seen = self.accelerator.reduce(torch.tensor(counts, device=self.args.device), reduction="sum").tolist()
-            means = {name: weighted_mean(figures[name][start:], counts) for name, start in begin.items()}
+            means = {name: fmean(figures[name][start:], counts) if any(counts) else 0.0 for name, start in begin.items()}
         finally:  # also where the step begins again
             for name, start in begin.items():
                 del figures[name][start:]
@@ -108,21 +109,13 @@ class SFTTrainer(StepsByTokens, DurableTrainer, trl.SFTTrainer):
         least = self.args.max_length or 1
         if self.args.max_tokens_per_micro_batch != "auto" or self.args.world_size > 1 or self.max_tokens <= least:
             return False
-        before, self.max_tokens = self.max_tokens, max(self.max_tokens // 2, least)
-        logger.warning(
-            "step %d: a micro-batch of %s tokens did not fit; from here on %s.",
-            self.state.global_step + 1, f"{before:,}", f"{self.max_tokens:,}",
-        )  # fmt: skip
+        self.max_tokens = max(self.max_tokens // 2, least)
         return True
 
     def smaller_batches(self) -> list[str]:
-        least = self.args.max_length or 1
         if self.max_tokens is None:
             return super().smaller_batches()
-        smaller = max(self.max_tokens // 2, least)
-        return (
-            [f"max_tokens_per_micro_batch: {smaller}: the same steps, divided by tokens"] if smaller < self.max_tokens else []
-        )
+        return smaller_budget(self.max_tokens, self.args.max_length or 1)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -142,15 +135,12 @@ class SFTTrainer(StepsByTokens, DurableTrainer, trl.SFTTrainer):
     # ---- Evaluation: means over the tokens of all held-out rows, each row once on any number of processes ----
 
     def _get_dataloader(self, dataset: Dataset, description: str, *args: Any, **kwargs: Any) -> DataLoader:
-        collator = self.data_collator
         if description == "Training" and self.max_tokens is not None:
-            self.data_collator = undivided
-        elif description == "Evaluation" and self.args.world_size > 1:
+            with self.collating(undivided):
+                return super()._get_dataloader(dataset, description, *args, **kwargs)
+        if description == "Evaluation" and self.args.world_size > 1:
             dataset = filled_up(dataset, self.args.eval_batch_size * self.args.world_size)
-        try:
-            return super()._get_dataloader(dataset, description, *args, **kwargs)
-        finally:
-            self.data_collator = collator
+        return super()._get_dataloader(dataset, description, *args, **kwargs)
 
     def evaluation_loop(
         self,
@@ -195,15 +185,13 @@ def undivided(rows: list[Row]) -> Batch:
     return {"rows": Rows(rows)}
 
 
+def labels_of(row: Row) -> list[int]:
+    return row.get("labels", row["input_ids"])
+
+
 def labelled(row: Row) -> int:
     """Tokens of a row that are predicted and count."""
-    labels = row.get("labels", row["input_ids"])
-    return sum(label != -100 for label in labels[1:])
-
-
-def weighted_mean(values: list[float], weights: list[float]) -> float:
-    total = sum(weights)
-    return sum(value * weight for value, weight in zip(values, weights, strict=True)) / total if total else 0.0
+    return sum(label != -100 for label in labels_of(row)[1:])
 
 
 def filled_up(rows: Dataset, multiple: int) -> Dataset:

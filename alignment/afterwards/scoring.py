@@ -26,7 +26,7 @@ from ..recipe.configs import DataArguments, ModelArguments, Run
 from ..recipe.parser import H4ArgumentParser, full_recipe, read_options, read_recipe
 from ..report.review.reading import HELD_OUT_FILE, read_json
 from ..run.durable import TRAINER_STATE
-from ..run.records import write_jsonl, write_run_folder
+from ..run.records import replace_jsonl, write_run_folder
 from ..run.run_folder import DATE_FILE, today
 
 logger = logging.getLogger(__name__)
@@ -208,7 +208,5 @@ def write(folder: Path, run_: Run, records: list[dict[str, Any]], metrics: dict[
     """Recipe, versions and figures; the records last, in one move."""
     write_run_folder(run_)
     (folder / "eval_results.json").write_text(json.dumps(metrics, indent=4, sort_keys=True) + "\n", encoding="utf-8")
-    draft = folder / f".{HELD_OUT_FILE}.new"
-    write_jsonl(draft, records)
-    draft.replace(folder / HELD_OUT_FILE)
+    replace_jsonl(folder / HELD_OUT_FILE, records)
     logger.info("%s: %d rows; scripts/review_run.py %s reads them.", folder / HELD_OUT_FILE, len(records), folder)

@@ -1,6 +1,8 @@
 """An optimizer step whose rows are divided into micro-batches by their tokens, whatever the rows are: the same step."""
 
-from contextlib import nullcontext
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -9,6 +11,8 @@ from torch import Tensor, nn
 
 from ..run.guards import GuardedSteps
 from .collate import Batch, Row, on_device
+
+logger = logging.getLogger(__name__)
 
 
 class StepsByTokens(GuardedSteps):
@@ -34,6 +38,15 @@ class StepsByTokens(GuardedSteps):
         """The batch again, without weight in loss, gradient and figures."""
         raise NotImplementedError
 
+    @contextmanager
+    def collating(self, collator: Callable[[list[Row]], Batch]) -> Iterator[None]:
+        """Loaders that are made inside collate so."""
+        own, self.data_collator = self.data_collator, collator
+        try:
+            yield
+        finally:
+            self.data_collator = own
+
     def divided_evenly(self, rows: list[Row]) -> tuple[list[list[Row]], int]:
         """This process's rows in micro-batches within the budget, and how many the process with the most makes: as many."""
         parts = self.parts_of(rows)
@@ -53,8 +66,13 @@ class StepsByTokens(GuardedSteps):
             try:
                 return self.divided_step(model, inputs, num_items_in_batch)
             except torch.OutOfMemoryError:
+                before = self.max_tokens
                 if not self.halve():
                     raise
+            logger.warning(
+                "step %d: a micro-batch of %s tokens did not fit; from here on %s.",
+                self.state.global_step + 1, f"{before:,}", f"{self.max_tokens:,}",
+            )  # fmt: skip
             self.forget_step(model)
             parts, rounds = self.divided_evenly([row for part in inputs["micro_batches"] for row in part])
             inputs = {**inputs, "micro_batches": parts, "rounds": rounds}
@@ -80,3 +98,9 @@ class StepsByTokens(GuardedSteps):
                 batch = batch if number < len(parts) else self.weightless(batch)
                 losses.append(super().training_step(model, batch, step))
         return torch.stack(losses).sum()
+
+
+def smaller_budget(tokens: int, least: int) -> list[str]:
+    """The setting that halves a micro-batch of so many tokens; none where it cannot be smaller than it is."""
+    smaller = max(tokens // 2, least)
+    return [f"max_tokens_per_micro_batch: {smaller}: the same steps, divided by tokens"] if smaller < tokens else []

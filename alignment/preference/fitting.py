@@ -169,10 +169,6 @@ class FittedSteps(GuardedSteps):
         if self.args.world_size > 1:
             write_division(Path(self.args.output_dir, "_run"), smaller)
             return False
-        logger.warning(
-            "step %d: a micro-batch of %s tokens did not fit; from here on %s.",
-            self.state.global_step + 1, f"{tokens:,}", f"{smaller.max_tokens:,}",
-        )  # fmt: skip
         self.division = smaller
         return True
 

@@ -49,14 +49,12 @@ class DividedSteps(StepsByTokens, FittedSteps):
 
         Held-out rows come by several budgets at once, so that `in_parts` has something to divide.
         """
-        collator, is_training = self.data_collator, description == "Training"
-        if self.by_tokens and (is_training or self.max_tokens is not None):
-            many = 1 if is_training else self.batches_at_once(dataset, batch_size)
-            self.data_collator, batch_size = RowCollator(batch_size), batch_size * many
-        try:
+        is_training = description == "Training"
+        if not self.by_tokens or not (is_training or self.max_tokens is not None):
             return super()._get_dataloader(dataset, description, batch_size, *args, **kwargs)
-        finally:
-            self.data_collator = collator
+        many = 1 if is_training else self.batches_at_once(dataset, batch_size)
+        with self.collating(RowCollator(batch_size)):
+            return super()._get_dataloader(dataset, description, batch_size * many, *args, **kwargs)
 
     def batches_at_once(self, rows: Dataset, size: int) -> int:
         """How many batches of `size` held-out pairs have about BUDGETS budgets of tokens, and not more than a process has."""

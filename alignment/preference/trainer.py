@@ -24,6 +24,7 @@ from ..model.loading import disable_dropout, load_policy, parameter_dtype
 from ..model.shared_prompt import describe_kernel, use_shared_prompts, why_not
 from ..model.text_part import freeze_other_parts
 from ..report.card import pair_card
+from .by_tokens import smaller_budget
 from .collate import Batch, PackedCollator, PaddedCollator
 from .configs import PairConfig
 from .evaluation import EvaluatedPairs
@@ -206,9 +207,7 @@ class PairTrainer(EvaluatedPairs):
         longest = longest_pair(self.train_dataset)
         limit = self.max_tokens or longest
         tokens = self.micro_batch["token_counts"].distinct if self.micro_batch else limit
-        if tokens <= longest:
-            return []
-        return [f"max_tokens_per_micro_batch: {max(tokens // 2, longest)}: the same steps, divided by tokens"]
+        return smaller_budget(tokens, longest)
 
     def floating_point_ops(self, inputs: Batch) -> float:
         """Of the distinct tokens, where the architecture is known well enough to tell."""
