@@ -40,7 +40,7 @@ from .run.checkpoints import Checkpoint, Identity
 from .run.durable import TRAINER_STATE, DurableTrainer, EvaluationCut
 from .run.failures import DISK_FULL, record_crash, report
 from .run.hub import bounded, check_hub, push_run, repository_name
-from .run.output import outlast_readers
+from .run.output import log_to_stdout, outlast_readers
 from .run.records import RunRecords, write_jsonl, write_run_folder
 from .run.resuming import (
     AFRESH,
@@ -277,7 +277,7 @@ def enter(trainer: DurableTrainer, state: str, **more: Any) -> None:
 
 def set_up_logging(args: TrainingArguments) -> None:
     """The suite's own lines on the main process; the libraries' at the recipe's log_level."""
-    logging.basicConfig(format="%(asctime)s %(name)s %(levelname)s: %(message)s", datefmt="%H:%M:%S", stream=sys.stdout)
+    log_to_stdout()
     own_level = logging.INFO if args.process_index == 0 and not args.dry_run else logging.WARNING
     for name in ("alignment", "scripts"):
         logging.getLogger(name).setLevel(own_level)

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import sys
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 
@@ -14,7 +13,7 @@ from accelerate import PartialState
 from alignment.launch.launch import start_process_group
 from alignment.recipe.parser import H4ArgumentParser
 from alignment.run.failures import told
-from alignment.run.output import outlast_readers
+from alignment.run.output import log_to_stdout, outlast_readers
 
 # Processes wait for the slowest, whatever it has to do, and a launcher ends them all where one fails.
 PATIENCE = timedelta(days=7)
@@ -43,7 +42,7 @@ def start_processes(*, use_cpu: bool) -> None:
 
 
 def set_up_logging() -> None:
-    logging.basicConfig(format="%(asctime)s %(name)s %(levelname)s: %(message)s", datefmt="%H:%M:%S", stream=sys.stdout)
+    log_to_stdout()
     is_main = PartialState().is_main_process
     for name in ("alignment", "eval", "on_policy_data_gen", "scripts", "__main__"):
         logging.getLogger(name).setLevel(logging.INFO if is_main else logging.WARNING)

@@ -1,7 +1,6 @@
 """What the entry points of this wing share: quiet libraries, one message, an exit status."""
 
 import logging
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -9,7 +8,7 @@ import huggingface_hub.constants
 import transformers
 
 from ..run.failures import told
-from ..run.output import outlast_readers
+from ..run.output import log_to_stdout, outlast_readers
 
 
 @contextmanager
@@ -18,7 +17,7 @@ def command(again: str) -> Iterator[None]:
     huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True
     outlast_readers()
     with told(again):
-        logging.basicConfig(format="%(asctime)s %(name)s %(levelname)s: %(message)s", datefmt="%H:%M:%S", stream=sys.stdout)
+        log_to_stdout()
         logging.getLogger("alignment").setLevel(logging.INFO)
         transformers.utils.logging.set_verbosity_error()
         yield

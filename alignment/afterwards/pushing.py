@@ -30,7 +30,8 @@ MODEL = (
 )  # fmt: skip
 RECORDS = (
     "recipe.yaml", "environment.json", "metrics.jsonl", "eval_pairs.jsonl", "probe_pairs.jsonl", "samples.jsonl",
-    "nonfinite_rows.jsonl", "trainer_state.json", "*_results.json", "curves.png", "review.md", "report.html", MERGED_FROM,
+    "warnings.jsonl", "nonfinite_rows.jsonl", "trainer_state.json", "*_results.json", "curves.png",
+    "review.md", "report.html", MERGED_FROM,
 )  # fmt: skip
 CHECKPOINTS = ("checkpoint-*/*",)
 WAYS_OUT = "or HF_TOKEN) or another --hub_model_id"

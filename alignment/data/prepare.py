@@ -248,9 +248,9 @@ def describe_published(texts: Dataset, tokens: Dataset, tokenizer: PreTrainedTok
     header_scored = bool(chat.without_bos(alone, tokenizer).partition(chat.PROBE)[0].strip())
     touched = {
         "assistant header scored with the response": len(tokens) if header_scored else 0,
-        "empty system turn added": sum(texts["system_added"]),
-        "eos added behind the template's own end": sum(tokens["eos_added"]),
-        "cut to fixed parts of max_length": sum(tokens["truncated"]),
+        "empty system turn added": sum(texts["system_added"][:]),
+        "eos added behind the template's own end": sum(tokens["eos_added"][:]),
+        "cut to fixed parts of max_length": sum(tokens["truncated"][:]),
     }
     counts = ", ".join(f"{what} in {rows:,} rows" for what, rows in touched.items())
     return f"published rules: {counts} (preprocessing: exact does none of this)"

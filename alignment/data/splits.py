@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 from accelerate import PartialState
 from datasets import Dataset
@@ -207,10 +208,13 @@ def usable_rows(name: str, texts: Dataset, tokenizer: PreTrainedTokenizerBase, r
 
 def with_hashes(tokens: Dataset, rows: Dataset) -> Dataset:
     """With the SHA-256 of each pair's prompt and responses, by which another run, of whatever model, finds the pair again."""
-    as_given = rows.select(tokens["index"])
-    for column in chat.TEXT_COLUMNS:
-        hashes = [turns_hash(turns) for turns in as_given[column]]
-        tokens = tokens.add_column(f"{column}_sha256", hashes)
+    as_given = rows.select(tokens["index"][:]).select_columns(list(chat.TEXT_COLUMNS))
+    hashes: dict[str, list[str]] = {column: [] for column in chat.TEXT_COLUMNS}
+    for batch in as_given.iter(1000):  # a column by itself would be read row by row, six times as long
+        for column, conversations in batch.items():
+            hashes[column] += map(turns_hash, conversations)
+    for column, found in hashes.items():
+        tokens = tokens.add_column(f"{column}_sha256", np.array(found))
     return tokens
 
 

@@ -111,7 +111,7 @@ class FittedSteps(GuardedSteps):
         """(rows,): what each pair has in a batch by itself; of the training pairs, or of others."""
         rows = self.train_dataset if rows is None else rows
         if isinstance(self.data_collator, PaddedCollator):
-            return 2 * np.asarray(rows["length"])
+            return 2 * np.asarray(rows["length"][:])
         return pair_tokens(rows)
 
     def largest_of_all(self, value: float) -> float:
@@ -239,8 +239,8 @@ def memory_plan(trainer: FittedSteps) -> Plan:
     args, model = trainer.args, trainer.model
     policy = whole_model(model)
     rows = trainer.train_dataset
-    lengths = {side: float(np.median(rows[f"{side}_length"])) for side in ("chosen", "rejected")}
-    pair = Pair(int(np.median(rows["chosen_prompt_length"])), *(max(int(length), 1) for length in lengths.values()))
+    lengths = {side: float(np.median(rows[f"{side}_length"][:])) for side in ("chosen", "rejected")}
+    pair = Pair(int(np.median(rows["chosen_prompt_length"][:])), *(max(int(length), 1) for length in lengths.values()))
     config = policy.config.get_text_config()
     autocast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
     return Plan(

@@ -19,7 +19,7 @@ def pair_columns(step: int, rows: Dataset, index: Tensor, scores: PairScores, ou
     columns = {"step": np.full(len(index), step), "index": index.numpy()}
     known = [name for name in PAIR_IDENTITY if name in rows.column_names]
     if known:
-        places = {number: place for place, number in enumerate(rows["index"])}
+        places = {number: place for place, number in enumerate(rows["index"][:])}
         table = rows.select_columns(known)[[places[number] for number in index.tolist()]]
         columns |= {name: np.array(table[name]) for name in known}
     measured = {

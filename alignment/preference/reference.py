@@ -248,7 +248,7 @@ class BeforeTheFirstStep(TrainerCallback):
 
 def refuse_shared_index(rows: Dataset, name: str) -> None:
     """Raises UserError for pairs that their index does not tell apart."""
-    index, count = np.unique(np.array(rows["index"]), return_counts=True)
+    index, count = np.unique(np.array(rows["index"][:]), return_counts=True)
     if (count > 1).any():
         raise UserError(f"several pairs of {name} have the index {index[count > 1][0]}: a reference is found by the index")
 
@@ -257,7 +257,7 @@ def scoring_batches(rows: Dataset, size: int, budget: int | None, *, is_padded: 
     """Numbers of the rows of each batch: as many as an evaluation takes, or by tokens as micro-batches, longest first."""
     if budget is None:
         return [list(range(start, min(start + size, len(rows)))) for start in range(0, len(rows), size)]
-    tokens = 2 * np.array(rows["length"]) if is_padded else pair_tokens(rows)
+    tokens = 2 * np.array(rows["length"][:]) if is_padded else pair_tokens(rows)
     batches: list[list[int]] = []
     room = 0
     for number in (-tokens).argsort(kind="stable").tolist():

@@ -157,7 +157,7 @@ def input_tokens(counts: TokenCounts, kind: str, collator: PaddedCollator | Pack
 def check_token_budget(budget: int, collator: PaddedCollator | PackedCollator, rows: Dataset | None) -> None:
     """Raises UserError if the longest pair alone is over the budget."""
     is_padded = isinstance(collator, PaddedCollator)
-    longest = 0 if rows is None else 2 * max(rows["length"]) if is_padded else longest_pair(rows)
+    longest = 0 if rows is None else 2 * max(rows["length"][:]) if is_padded else longest_pair(rows)
     if longest > budget:
         key = f"max_tokens_per_micro_batch = {budget}"
         raise UserError(f"{key}: the longest pair has {longest} tokens; give at least that, or lower max_length")

@@ -62,7 +62,7 @@ def chosen_rows(lengths: np.ndarray, is_cut: np.ndarray) -> dict[int, str]:
 
 def place_of(index: int, tokens: Dataset, read: int) -> int:
     """Where the row of that number is among those that are left. Raises UserError if it is not."""
-    numbers = np.asarray(tokens["index"]) if "index" in tokens.column_names else np.arange(len(tokens))
+    numbers = np.asarray(tokens["index"][:]) if "index" in tokens.column_names else np.arange(len(tokens))
     places = np.flatnonzero(numbers == index)
     if len(places):
         return int(places[0])

@@ -1,6 +1,7 @@
 """What a run prints, to a terminal or a pipe that may go away before it."""
 
 import io
+import logging
 import sys
 from contextlib import suppress
 
@@ -26,3 +27,8 @@ def outlast_readers() -> None:
         raw = UnbrokenFile(stream.fileno(), "w", closefd=False)
         text = io.TextIOWrapper(io.BufferedWriter(raw), encoding=stream.encoding, errors=stream.errors, line_buffering=True)
         setattr(sys, name, text)
+
+
+def log_to_stdout() -> None:
+    """Let every logger's records be lines on stdout, where nobody has set up logging before."""
+    logging.basicConfig(format="%(asctime)s %(name)s %(levelname)s: %(message)s", datefmt="%H:%M:%S", stream=sys.stdout)

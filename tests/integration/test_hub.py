@@ -300,7 +300,10 @@ def test_records_and_checkpoints_are_sent_where_they_are_asked_for_to_the_branch
     assert ended.status == 0, ended.printed
     assert hub.repositories["me/other"] == {}
     sent = set(hub.repositories["me/other@dev"])
-    assert sent >= MODEL_ALONE | {"recipe.yaml", "metrics.jsonl", *(f"checkpoint-4/{name}" for name in CHECKPOINT)}
+    assert sent >= MODEL_ALONE | {"warnings.jsonl", *(f"checkpoint-4/{name}" for name in CHECKPOINT)}
+    written = {path.relative_to(finished).as_posix() for path in finished.rglob("*") if path.is_file()}
+    kept = {path for path in written - sent if not path.startswith("_run/")}
+    assert {path.rpartition("/")[2] for path in kept} <= {"notes.txt", "training_args.bin"}, kept
     assert not [path for path in sent if path.startswith("_run") or "training_args" in path or path == "notes.txt"]
 
 
