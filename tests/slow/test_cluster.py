@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 
 from alignment.run.run_folder import read_status
-from tests.integration.test_ablation import RECIPE, ROOT
+from tests.slow.test_ablation import RECIPE, ROOT
 from tests.unit.ablation import slurm
 from tests.workspaces import read_jsonl, recipe_keys, save_workspace, write_recipe
 
