@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.attention.varlen import varlen_attn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.flash_attention import get_target_dtype
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -36,6 +36,7 @@ FLEX_HEAD = 16  # the smallest head that it computes
 QUERY_BLOCK = 128
 # torch 2.11 has no such argument; its kernel takes fewer key heads than query heads as they are.
 GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+PREPARED: dict[str, str] = {}  # the attention of a model that takes a layout -> the one it had
 KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 # Architectures whose packed scores a test compares with their padded ones. Others may not hand the layout on to their
 # attention, or keep a sliding window in the mask alone.
@@ -318,6 +319,12 @@ def kernel_of(implementation: str, *, keeps_eager: bool = False) -> Kernel | Non
     return flash if "flash" in implementation else named.get(implementation)
 
 
+def asked_attention(config: PreTrainedConfig) -> str:
+    """The attention implementation that a model was loaded with, whether or not it has been prepared since."""
+    name = config.get_text_config()._attn_implementation
+    return PREPARED.get(name, name)
+
+
 def describe_kernel(implementation: str, device: torch.device, *, keeps_eager: bool) -> str:
     """Which kernel computes packed rows there, and why."""
     name = implementation.removeprefix(NAME)
@@ -433,6 +440,7 @@ def use_shared_prompts(model: PreTrainedModel, *, keeps_eager: bool = False) -> 
     mask = ALL_MASK_ATTENTION_FUNCTIONS["flash_attention_2" if "flash" in implementation else implementation]
     AttentionInterface.register(name, attention(implementation, kernel_of(implementation, keeps_eager=keeps_eager)))
     AttentionMaskInterface.register(name, mask)
+    PREPARED[name] = implementation
     model.set_attn_implementation(name)
     if model.config.get_text_config()._attn_implementation != name:  # transformers only warns
         raise ValueError(f"{type(model).__name__} does not let its attention be chosen")

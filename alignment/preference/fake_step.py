@@ -36,7 +36,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from trl.kernels import chunked_logprob
 from trl.trainer import utils as trl_utils
 
-from ..model import head
+from ..model import head, shared_prompt
 from ..model.config_files import whole_model
 from ..model.head import add_lm_head
 from ..model.shared_prompt import use_shared_prompts
@@ -479,10 +479,10 @@ class Launched:
 def gpu_kernels(model: nn.Module, plan: Plan) -> Iterator[None]:
     """TRL's head as on CUDA, attention and with Liger norms and MLPs as kernels; none of them computes.
 
-    Only the eager attention of padded batches stays as it is: it does hold its scores.
+    Only eager attention stays as it is, of packed rows by whole segments: it does hold its scores.
     """
     policy = whole_model(model)
-    if plan.layout == "packed" or plan.attention != "eager":
+    if plan.attention != "eager":
         name = policy.config.get_text_config()._attn_implementation
         attend = fused_attention(plan.attention != "flex_attention", plan.compute_dtype)
         AttentionInterface.register(STOOD_FOR, attend)
@@ -496,6 +496,7 @@ def gpu_kernels(model: nn.Module, plan: Plan) -> Iterator[None]:
         "triton": types.SimpleNamespace(cdiv=lambda a, b: -(-a // b)),
     }
     with contextlib.ExitStack() as stack:
+        stack.enter_context(replaced(shared_prompt, "QUERY_BLOCK", 2**30))
         for name, kernel in kernels.items():
             stack.enter_context(replaced(chunked_logprob, name, kernel))
         stack.enter_context(replaced(trl_utils, "_use_triton", kernels["_use_triton"]))
