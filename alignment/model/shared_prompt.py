@@ -138,6 +138,7 @@ def causal_mask(queries: int, keys: int, window: int | None, device: torch.devic
     return mask if window is None else mask.triu(keys - queries - window + 1)
 
 
+@torch.compiler.disable  # its lengths are numbers of Python: every batch would be compiled anew
 def by_segment(query: Tensor, key: Tensor, value: Tensor, ask: Attend, attend: Callable[..., Tensor]) -> Tensor:
     """`attend(query, key, value, mask, ask)` for a few queries of a segment at a time, over the keys that any of them sees.
 

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.overrides import TorchFunctionMode
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations import flex_attention as transformers_flex
@@ -22,6 +23,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from alignment.data.tokenization import SIDES
 from alignment.errors import UserError
 from alignment.model.head import add_lm_head
+from alignment.model.layers import recomputable_layers
 from alignment.model.shared_prompt import PROVEN, use_shared_prompts
 from alignment.preference.collate import Batch, PackedCollator, PaddedCollator, Row
 from alignment.preference.losses import response_sums, simpo_loss
@@ -381,6 +383,29 @@ def test_a_compiled_model_has_the_same_losses_and_gradients():
     torch.testing.assert_close(losses, expected_losses, rtol=1e-5, atol=0)
     found = {name.removeprefix("_orig_mod."): gradient for name, gradient in gradients.items()}
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_compiled_layers_have_the_same_losses_and_gradients_and_are_not_compiled_anew_for_every_batch():
+    """As `torch_compile` with accelerate's regional compilation has them."""
+    packed, plain = (model_of("llama", dtype=torch.float32, num_hidden_layers=2) for _ in range(2))
+    prepared(packed), prepared(plain)
+    torch.compiler.reset()
+    compiled = CompileCounterWithBackend("aot_eager")
+    for layer in recomputable_layers(packed):
+        layer.compile(backend=compiled, dynamic=True)
+    seen = []
+    for lengths in (
+        [(5, 3, 2), (7, 9, 4)],
+        [(6, 8, 3)],
+        [(4, 2, 9), (11, 3, 3), (2, 2, 2)],
+        [(9, 4, 4), (3, 6, 5)],
+        [(8, 1, 7)],
+    ):
+        expected, found = (losses_and_gradients(packed_mean_logps, model, token_rows(lengths)) for model in (plain, packed))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+        seen.append(compiled.frame_count)
+    assert seen[0] > 0, seen
+    assert seen[1:] == [seen[0]] * 4, seen
 
 
 # ---- The trainer ----
