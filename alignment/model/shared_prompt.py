@@ -31,6 +31,7 @@ from ..errors import UserError
 NAME = "shared_prompt_"  # in front of the attention implementation that a model had
 BLOCK = 128  # of flex_attention
 FLEX_HEAD = 16  # the smallest head that it computes
+FLEX_GRAPHS = 64  # that torch may keep of it: lengths of several classes, with a gradient and without; torch's own limit is 8
 # On a CPU, where a mask does not save the work that it hides: a fifth less time than whole segments. On a GPU the launches of
 # so many small products cost more than they save: 2,183 a layer and micro-batch against 551.
 QUERY_BLOCK = 128
@@ -258,6 +259,9 @@ def eager_or_flex(query: Tensor, key: Tensor, value: Tensor, ask: Attend) -> Ten
 
 def flex(query: Tensor, key: Tensor, value: Tensor, ask: Attend) -> Tensor:
     refuse_dropout(ask)
+    # Beyond the limit flex_attention would run uncompiled, and hold the scores of the whole row.
+    limits = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, FLEX_GRAPHS)
     query, key, value = in_autocast_dtype(query, key, value)
     mask = ask.layout.block_masks.get(ask.window)
     if mask is None:
@@ -284,9 +288,11 @@ def block_mask(layout: SharedPrompt, window: int | None, device: torch.device) -
     numbers = readers(layout)
     owner, reads, position = (numbers if device.type == "cpu" else numbers.pin_memory()).to(device, non_blocking=True)
 
+    # Not the window itself: for torch a number, or none, would be other code, and each window have graphs of its own.
+    first = position - (tokens if window is None else window - 1)
+
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        distance = position[query] - position[key]
-        near = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+        near = (position[key] >= first[query]) & (position[key] <= position[query])
         return near & ((owner[key] == owner[query]) | (owner[key] == reads[query]))
 
     numbers = torch.arange(tokens, device=device)
