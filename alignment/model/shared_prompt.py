@@ -332,17 +332,31 @@ def asked_attention(config: PreTrainedConfig) -> str:
     return PREPARED.get(name, name)
 
 
-def describe_kernel(implementation: str, device: torch.device, *, keeps_eager: bool) -> str:
-    """Which kernel computes packed rows there, and why."""
-    name = implementation.removeprefix(NAME)
+def describe_kernel(model: PreTrainedModel, device: torch.device, *, layout: str, half: bool) -> str:
+    """What computes a model's attention there, and why.
+
+    layout: "padded", "packed", or "kept", packed rows under eager attention as it is written. half: in bf16 or fp16.
+    """
+    config = model.config.get_text_config()
+    name = asked_attention(config)
+    if layout == "padded":
+        return f"{name}, as transformers has it"
     if device.type != "cuda":
         return f"{name}, segment by segment"
+    if name == "eager" and layout == "kept":
+        return "eager, whole segments, because pair_layout is packed"
     if name == "eager":
-        kept = "eager, whole segments, because pair_layout is packed"
-        return kept if keeps_eager else "flex_attention: the arithmetic of eager, without its scores in memory"
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        if size < FLEX_HEAD:
+            return f"eager, whole segments, because flex_attention has no heads of {size}"
+        if getattr(config, "attention_dropout", 0) and any(getattr(m, "attention_dropout", 0) for m in model.modules()):
+            return "eager, whole segments, because flex_attention has no dropout"
+        return "flex_attention: the arithmetic of eager, without its scores in memory"
+    if name == "sdpa" and not half:
+        return "sdpa with a mask for each segment, because flash attention does not compute float32"
     if name == "sdpa" and not has_flash(device):
         return "sdpa with a mask for each segment, because flash attention does not run on this GPU"
-    return "torch's varlen flash attention" if name == "sdpa" else name
+    return "torch's varlen flash attention, which is sdpa's for rows without padding" if name == "sdpa" else f"{name}, as asked"
 
 
 # ---- The model ----
