@@ -44,6 +44,7 @@ from alignment.model.shared_prompt import (
     block_mask,
     by_segment,
     causal_mask,
+    describe_kernel,
     eager,
     flash,
     flex,
@@ -665,6 +666,36 @@ def test_flex_attention_keeps_few_graphs_whatever_the_lengths_and_windows(monkey
     assert counted[-1] <= 6, counted  # with a window and without one alike
     assert counted[7:] == counted[-1:] * 5, counted
     assert torch._dynamo.config.recompile_limit >= shared_prompt.FLEX_GRAPHS
+
+
+@pytest.mark.parametrize(
+    ("asked", "layout", "settings", "half", "ampere", "said"),
+    [
+        ("sdpa", "packed", {}, True, True, "torch's varlen flash attention, which"),
+        (
+            "sdpa",
+            "packed",
+            {},
+            False,
+            True,
+            "sdpa with a mask for each segment, because flash attention does not compute float32",
+        ),
+        ("sdpa", "packed", {}, True, False, "because flash attention does not run on this GPU"),
+        ("sdpa", "padded", {}, True, True, "sdpa, as transformers has it"),
+        ("eager", "packed", {"head_dim": 16}, True, True, "flex_attention: the arithmetic of eager"),
+        ("eager", "packed", {"head_dim": 8}, True, True, "eager, whole segments, because flex_attention has no heads of 8"),
+        ("eager", "packed", {"head_dim": 16, "attention_dropout": 0.1}, True, True, "because flex_attention has no dropout"),
+        ("eager", "kept", {"head_dim": 16}, True, True, "eager, whole segments, because pair_layout is packed"),
+        ("flash_attention_2", "packed", {}, True, True, "flash_attention_2, as asked"),
+    ],
+)
+def test_the_kernel_that_is_named_is_the_one_that_computes_there(asked, layout, settings, half, ampere, said, monkeypatch):
+    monkeypatch.setattr(shared_prompt, "has_flash", lambda device: ampere)
+    model = tiny_model(**settings)
+    model.config._attn_implementation_internal = asked
+    if layout != "padded":
+        use_shared_prompts(model, keeps_eager=layout == "kept")
+    assert said in describe_kernel(model, torch.device("cuda"), layout=layout, half=half)
 
 
 def test_flex_attention_refuses_dropout():
