@@ -37,6 +37,7 @@ class SFTTrainer(StepsByTokens, DurableTrainer, trl.SFTTrainer):
         super().__init__(*args, **kwargs)
         # Behind TRL's constructor, which calls the setting deprecated; the Trainer reads both when training begins.
         use_fused_kernels(self.args)
+        logger.info("Attention: %s.", self.attention_kernel())
         self.max_tokens = self.asked_tokens()
         if self.max_tokens is not None:
             logger.info("Steps are divided into micro-batches of at most %s tokens.", f"{self.max_tokens:,}")

@@ -108,6 +108,7 @@ def spread(values: Tensor, places: Tensor, shape: torch.Size) -> Tensor:
     return values.new_zeros(shape.numel()).index_copy(0, places, values).view(shape)
 
 
+@torch.compiler.disable
 def called_once(head: nn.Module, hidden: Tensor, score: Callable[..., tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """`score(multiplied, plain forward, hidden)` inside one call of `head`, with all that hangs on the call of a module."""
     leaf = multiplied(head)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.attention.varlen import varlen_attn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.flash_attention import get_target_dtype
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -31,11 +31,13 @@ from ..errors import UserError
 NAME = "shared_prompt_"  # in front of the attention implementation that a model had
 BLOCK = 128  # of flex_attention
 FLEX_HEAD = 16  # the smallest head that it computes
+FLEX_GRAPHS = 64  # that torch may keep of it: lengths of several classes, with a gradient and without; torch's own limit is 8
 # On a CPU, where a mask does not save the work that it hides: a fifth less time than whole segments. On a GPU the launches of
 # so many small products cost more than they save: 2,183 a layer and micro-batch against 551.
 QUERY_BLOCK = 128
 # torch 2.11 has no such argument; its kernel takes fewer key heads than query heads as they are.
 GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+PREPARED: dict[str, str] = {}  # the attention of a model that takes a layout -> the one it had
 KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 # Architectures whose packed scores a test compares with their padded ones. Others may not hand the layout on to their
 # attention, or keep a sliding window in the mask alone.
@@ -137,6 +139,7 @@ def causal_mask(queries: int, keys: int, window: int | None, device: torch.devic
     return mask if window is None else mask.triu(keys - queries - window + 1)
 
 
+@torch.compiler.disable  # its lengths are numbers of Python: every batch would be compiled anew
 def by_segment(query: Tensor, key: Tensor, value: Tensor, ask: Attend, attend: Callable[..., Tensor]) -> Tensor:
     """`attend(query, key, value, mask, ask)` for a few queries of a segment at a time, over the keys that any of them sees.
 
@@ -256,6 +259,9 @@ def eager_or_flex(query: Tensor, key: Tensor, value: Tensor, ask: Attend) -> Ten
 
 def flex(query: Tensor, key: Tensor, value: Tensor, ask: Attend) -> Tensor:
     refuse_dropout(ask)
+    # Beyond the limit flex_attention would run uncompiled, and hold the scores of the whole row.
+    limits = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, FLEX_GRAPHS)
     query, key, value = in_autocast_dtype(query, key, value)
     mask = ask.layout.block_masks.get(ask.window)
     if mask is None:
@@ -282,9 +288,11 @@ def block_mask(layout: SharedPrompt, window: int | None, device: torch.device) -
     numbers = readers(layout)
     owner, reads, position = (numbers if device.type == "cpu" else numbers.pin_memory()).to(device, non_blocking=True)
 
+    # Not the window itself: for torch a number, or none, would be other code, and each window have graphs of its own.
+    first = position - (tokens if window is None else window - 1)
+
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        distance = position[query] - position[key]
-        near = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+        near = (position[key] >= first[query]) & (position[key] <= position[query])
         return near & ((owner[key] == owner[query]) | (owner[key] == reads[query]))
 
     numbers = torch.arange(tokens, device=device)
@@ -318,17 +326,37 @@ def kernel_of(implementation: str, *, keeps_eager: bool = False) -> Kernel | Non
     return flash if "flash" in implementation else named.get(implementation)
 
 
-def describe_kernel(implementation: str, device: torch.device, *, keeps_eager: bool) -> str:
-    """Which kernel computes packed rows there, and why."""
-    name = implementation.removeprefix(NAME)
+def asked_attention(config: PreTrainedConfig) -> str:
+    """The attention implementation that a model was loaded with, whether or not it has been prepared since."""
+    name = config.get_text_config()._attn_implementation
+    return PREPARED.get(name, name)
+
+
+def describe_kernel(model: PreTrainedModel, device: torch.device, *, layout: str, half: bool) -> str:
+    """What computes a model's attention there, and why.
+
+    layout: "padded", "packed", or "kept", packed rows under eager attention as it is written. half: in bf16 or fp16.
+    """
+    config = model.config.get_text_config()
+    name = asked_attention(config)
+    if layout == "padded":
+        return f"{name}, as transformers has it"
     if device.type != "cuda":
         return f"{name}, segment by segment"
+    if name == "eager" and layout == "kept":
+        return "eager, whole segments, because pair_layout is packed"
     if name == "eager":
-        kept = "eager, whole segments, because pair_layout is packed"
-        return kept if keeps_eager else "flex_attention: the arithmetic of eager, without its scores in memory"
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        if size < FLEX_HEAD:
+            return f"eager, whole segments, because flex_attention has no heads of {size}"
+        if getattr(config, "attention_dropout", 0) and any(getattr(m, "attention_dropout", 0) for m in model.modules()):
+            return "eager, whole segments, because flex_attention has no dropout"
+        return "flex_attention: the arithmetic of eager, without its scores in memory"
+    if name == "sdpa" and not half:
+        return "sdpa with a mask for each segment, because flash attention does not compute float32"
     if name == "sdpa" and not has_flash(device):
         return "sdpa with a mask for each segment, because flash attention does not run on this GPU"
-    return "torch's varlen flash attention" if name == "sdpa" else name
+    return "torch's varlen flash attention, which is sdpa's for rows without padding" if name == "sdpa" else f"{name}, as asked"
 
 
 # ---- The model ----
@@ -433,6 +461,7 @@ def use_shared_prompts(model: PreTrainedModel, *, keeps_eager: bool = False) -> 
     mask = ALL_MASK_ATTENTION_FUNCTIONS["flash_attention_2" if "flash" in implementation else implementation]
     AttentionInterface.register(name, attention(implementation, kernel_of(implementation, keeps_eager=keeps_eager)))
     AttentionMaskInterface.register(name, mask)
+    PREPARED[name] = implementation
     model.set_attn_implementation(name)
     if model.config.get_text_config()._attn_implementation != name:  # transformers only warns
         raise ValueError(f"{type(model).__name__} does not let its attention be chosen")

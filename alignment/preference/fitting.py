@@ -2,13 +2,15 @@
 
 import json
 import logging
+import math
+import subprocess
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, broadcast_object_list
 from datasets import Dataset
 from peft import PeftModel
 from torch import nn
@@ -18,7 +20,7 @@ from ..data.prepare import pair_tokens
 from ..launch.strategy import strategy_of
 from ..model.config_files import whole_model
 from ..model.layers import recomputable_layers, recompute_first
-from ..model.shared_prompt import NAME
+from ..model.shared_prompt import asked_attention
 from ..recipe.values import text
 from ..run.guards import GuardedSteps
 from .collate import PaddedCollator, on_device
@@ -29,6 +31,7 @@ from .memory import Lora, MemoryModel, Pair, Plan, estimate
 logger = logging.getLogger(__name__)
 
 DIVISION = "division.json"  # in checkpoints, and in _run where a step was too large
+GATHERING = ("zero3", "fsdp1", "fsdp2")  # strategies that gather a layer's weights whenever it computes
 SPARE = 0.94  # of a GPU's memory: the allocator loses some between blocks
 LESS = 0.85  # of the room that was thought to be there, after a micro-batch did not fit
 
@@ -44,6 +47,7 @@ class FittedSteps(GuardedSteps):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        self.parameters = sum(map(elements_of, self.model.parameters()))  # before any of them is divided among processes
         self.by_tokens, self.wish = asked_for(self.args, on_gpu=is_gpu(self.args.device))
         is_known = self.wish.recompute_layers is not None and (self.wish.max_tokens is not None or not self.by_tokens)
         self.division: Division | None = Division(*self.wish) if is_known else None
@@ -65,27 +69,39 @@ class FittedSteps(GuardedSteps):
             count = min(self.division.recompute_layers, len(layers))
             logger.info("%d of %d layers are computed again in the backward pass.", count, len(layers))
         if self.by_tokens:
-            logger.info("Steps are divided into micro-batches of at most %s tokens.", f"{self.division.max_tokens:,}")
+            logger.info("%s", self.described())
+
+    def described(self) -> str:
+        """How this process's steps are divided, on average, and what that costs where weights are gathered for it."""
+        most, tokens = self.division.max_tokens, self.step_tokens()
+        count = math.ceil(tokens / most)
+        what = f"Steps of about {tokens:,.0f} tokens are divided into micro-batches of at most {most:,}: {count} a step."
+        if strategy_of(self.accelerator) not in GATHERING:
+            return what
+        return f"{what} Each gathers the weights twice, for its forward and its backward: {2 * count} times a step."
+
+    def step_tokens(self) -> float:
+        """Of this process's pairs of a step, on average."""
+        pairs = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+        return float(self.tokens_of_pairs().mean()) * pairs
 
     def fitting_division(self) -> Division:
         layers = max(len(recomputable_layers(self.model)), 1)
-        tokens = self.tokens_of_pairs()
-        longest = int(tokens.max())
-        wish = self.wish_of_this_start(longest)
+        longest = int(self.tokens_of_pairs().max())
+        wish, least = self.wish_of_this_start(longest)
         smallest = Division(wish.max_tokens or longest, layers if wish.recompute_layers is None else wish.recompute_layers)
-        try:
-            memory = estimate(memory_plan(self))
-        except (ValueError, OSError) as error:
-            logger.warning("%s; micro-batches are as small as can be, and every layer is computed again.", error)
+        memory = self.estimate_of_all()
+        if isinstance(memory, str):
+            logger.warning("%s; micro-batches are as small as can be, and every layer is computed again.", memory)
             return smallest
         room = -self.largest_of_all(-room_bytes(self.args.device))
-        step_tokens = int(tokens.mean() * self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * 1.5)
+        step_tokens = int(1.5 * self.step_tokens())
         for _ in range(8):
             division = fastest(
-                lambda count, room=room: memory.largest(room, count),
+                lambda count, room=room: memory.largest(room, count) if count >= least else 0,
                 wish,
                 layers=layers,
-                parameters=sum(getattr(p, "ds_numel", p.numel()) for p in self.model.parameters()),
+                parameters=self.parameters,
                 longest=longest,
                 step_tokens=step_tokens,
             )
@@ -100,12 +116,28 @@ class FittedSteps(GuardedSteps):
         )  # fmt: skip
         return smallest
 
-    def wish_of_this_start(self, longest: int) -> Wish:
-        """What the recipe says; where it leaves tokens open, a checkpoint's, so that a resumed run divides as it did."""
+    def wish_of_this_start(self, longest: int) -> tuple[Wish, int]:
+        """What the recipe says; where it leaves tokens open, a checkpoint's, so that a resumed run divides as it did.
+
+        And the fewest layers that may be computed again: as many as before, or memory that a halving freed would be filled.
+        """
+        layers = self.wish.recompute_layers
         if not self.by_tokens:
-            return Wish(self.args.per_device_train_batch_size * longest, self.wish.recompute_layers)
+            return Wish(self.args.per_device_train_batch_size * longest, layers), 0
         saved = read_division(Path(self.args.output_dir, "_run")) or read_division(self.resumed)
-        return Wish(saved.max_tokens, None) if saved is not None and self.wish.max_tokens is None else self.wish
+        if saved is None or self.wish.max_tokens is not None:
+            return self.wish, 0
+        return Wish(saved.max_tokens, layers), saved.recompute_layers if layers is None else 0
+
+    def estimate_of_all(self) -> MemoryModel | str:
+        """The first process's, which all go by; or why there is none."""
+        outcome: list[MemoryModel | str | None] = [None]
+        if self.args.process_index == 0:
+            try:
+                outcome = [estimate(memory_plan(self))]
+            except (ValueError, OSError, subprocess.SubprocessError) as error:
+                outcome = [str(error)]
+        return broadcast_object_list(outcome)[0]
 
     def tokens_of_pairs(self, rows: Dataset | None = None) -> np.ndarray:
         """(rows,): what each pair has in a batch by itself; of the training pairs, or of others."""
@@ -122,19 +154,26 @@ class FittedSteps(GuardedSteps):
     # ---- One micro-batch, tried ----
 
     def fits(self, division: Division, memory: MemoryModel, room: float) -> bool:
-        """Whether the largest micro-batch has room on all processes, beside optimizer states that do not exist yet.
+        """Whether the largest micro-batch has room on all processes, beside gradients and the optimizer's states.
 
-        Not tried under DeepSpeed, whose engine would count it as part of a step.
+        Not tried under DeepSpeed, whose engine would count it as part of a step. Raises torch.OutOfMemoryError under FSDP,
+        where others are left waiting for this process's share of a layer; the next start takes half.
         """
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
             return True
         start_measuring()
         try:
-            self.try_out(division)
+            for _ in range(2 if has_earlier_gradients(self.args, by_tokens=self.by_tokens) else 1):
+                self.try_out(division)
             states = memory.peak(division.max_tokens, recompute_layers=division.recompute_layers).optimizer
-            is_over = most_bytes() + states > room
+            is_over = most_bytes() + (0 if any(self.optimizer.state.values()) else states) > room
         except torch.OutOfMemoryError:
+            if self.accelerator.distributed_type == DistributedType.FSDP and self.args.world_size > 1:
+                self.division = division
+                self.halve()
+                raise
             is_over = True
+        self.micro_batch = None
         self.model.zero_grad()
         start_measuring()
         return not self.largest_of_all(is_over)
@@ -144,8 +183,10 @@ class FittedSteps(GuardedSteps):
         recompute_first(self.model, division.recompute_layers)
         model = self.model_wrapped
         model.train()
-        rows = [self.train_dataset[number] for number in filling(self.tokens_of_pairs(), division.max_tokens)]
-        batch = on_device(self.data_collator(rows), self.args.device)
+        is_padded = isinstance(self.data_collator, PaddedCollator)
+        numbers = filling(self.tokens_of_pairs(), division.max_tokens, is_padded=is_padded)
+        batch = on_device(self.data_collator([self.train_dataset[number] for number in numbers]), self.args.device)
+        self.micro_batch = batch
         is_fsdp = self.accelerator.distributed_type == DistributedType.FSDP
         devices = [self.args.device] if self.args.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices), nullcontext() if is_fsdp else self.accelerator.no_sync(model):
@@ -228,10 +269,11 @@ def room_bytes(device: torch.device) -> float:
 # ---- The run ----
 
 
-def filling(tokens: np.ndarray, budget: int) -> list[int]:
-    """Numbers of the longest pairs that together have at most so many tokens, one at least."""
+def filling(tokens: np.ndarray, budget: int, *, is_padded: bool) -> list[int]:
+    """Numbers of the longest pairs that together have at most so many tokens, one at least. Padded, all are as long as one."""
     order = np.argsort(-tokens, kind="stable")
-    return order[: max(int((tokens[order].cumsum() <= budget).sum()), 1)].tolist()
+    together = tokens[order[0]] * np.arange(1, len(order) + 1) if is_padded else tokens[order].cumsum()
+    return order[: max(int((together <= budget).sum()), 1)].tolist()
 
 
 def memory_plan(trainer: FittedSteps) -> Plan:
@@ -241,7 +283,8 @@ def memory_plan(trainer: FittedSteps) -> Plan:
     rows = trainer.train_dataset
     lengths = {side: float(np.median(rows[f"{side}_length"][:])) for side in ("chosen", "rejected")}
     pair = Pair(int(np.median(rows["chosen_prompt_length"][:])), *(max(int(length), 1) for length in lengths.values()))
-    config = policy.config.get_text_config()
+    config, on_gpu = policy.config.get_text_config(), args.device.type == "cuda"
+    is_packed = not isinstance(trainer.data_collator, PaddedCollator)
     autocast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
     return Plan(
         config=config,
@@ -252,12 +295,33 @@ def memory_plan(trainer: FittedSteps) -> Plan:
         lora=lora_of(model),
         quantised=bits_of(policy),
         optimizer=str(text(args.optim)),
-        layout="padded" if isinstance(trainer.data_collator, PaddedCollator) else "packed",
-        attention=config._attn_implementation.removeprefix(NAME),
+        accumulates=has_earlier_gradients(args, by_tokens=trainer.by_tokens),
+        layout="packed" if is_packed else "padded",
+        attention=attention_held(asked_attention(config), args.pair_layout, is_packed=is_packed, on_gpu=on_gpu),
         pair=pair,
         device_type=args.device.type,
         liger=bool(args.use_liger_kernel),
     )
+
+
+def has_earlier_gradients(args: PairConfig, *, by_tokens: bool) -> bool:
+    """Whether a micro-batch may find those of another of its step."""
+    return args.gradient_accumulation_steps > 1 or by_tokens
+
+
+def attention_held(asked: str, pair_layout: str, *, is_packed: bool, on_gpu: bool) -> str:
+    """An attention that any machine can build, and that holds in memory what the one that will run does."""
+    if "flash" in asked:
+        return "sdpa"
+    computed_by_flex = asked == "eager" and on_gpu and is_packed and pair_layout != "packed"
+    return "flex_attention" if computed_by_flex else asked
+
+
+def elements_of(parameter: nn.Parameter) -> int:
+    """Of the whole parameter: ZeRO-3 keeps a share here, and 4-bit weights are packed."""
+    if type(parameter).__name__ == "Params4bit":
+        return 2 * parameter.nbytes
+    return getattr(parameter, "ds_numel", parameter.numel())
 
 
 def lora_of(model: nn.Module) -> Lora | None:

@@ -14,7 +14,7 @@ from ..model.adapter_checks import bits_of
 from ..model.layers import optimizer_used, uses_liger
 from ..preference.configs import PairConfig
 from ..preference.division import Division, Wish, fastest
-from ..preference.fitting import asked_for, lora_of
+from ..preference.fitting import asked_for, attention_held, has_earlier_gradients, lora_of
 from ..preference.memory import CONTEXT_GIB, GIB, MemoryModel, Pair, Peak, Plan
 from ..recipe.configs import ModelArguments
 from ..recipe.values import text
@@ -72,9 +72,6 @@ def plan_of(
     on_gpu, packed = not meant["use_cpu"], skeleton.why_padded is None
     by_tokens, _ = asked_for(args, on_gpu=on_gpu)
     compute = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
-    attention = skeleton.attention
-    if on_gpu and packed and attention == "eager" and args.pair_layout != "packed":
-        attention = "flex_attention"  # what computes eager's arithmetic there
     middle = {name: int(np.median(rows[name])) for name in ("chosen_prompt_length", "chosen_length", "rejected_length")}
     return Plan(
         config=skeleton.config.get_text_config(),
@@ -85,9 +82,9 @@ def plan_of(
         lora=lora_of(skeleton.model),
         quantised=bits_of(model_args, skeleton.config),
         optimizer=str(text(optimizer_used(args.optim, on_gpu=on_gpu))),
-        accumulates=args.gradient_accumulation_steps > 1 or by_tokens,
+        accumulates=has_earlier_gradients(args, by_tokens=by_tokens),
         layout="packed" if packed else "padded",
-        attention=attention,
+        attention=attention_held(skeleton.attention, args.pair_layout, is_packed=packed, on_gpu=on_gpu),
         pair=Pair(*(max(length, 1) for length in middle.values())),
         device_type="cuda" if on_gpu else "cpu",
         liger=uses_liger(meant["use_liger_kernel"], on_gpu=on_gpu),

@@ -33,7 +33,7 @@ AUTOMATIC = (None, "auto", "true", "True")
 END_FILES = (
     "*.safetensors", "*.safetensors.index.json", "adapter_config.json", "config.json", "shards", "*_results.json",
     "eval_pairs.jsonl", "probe_pairs.jsonl", "samples.jsonl", "warnings.jsonl", "curves.png", "_run/status.json",
-    "_run/reference", "_run/step_0",
+    "_run/reference", "_run/step_0", "_run/division.json",
 )  # fmt: skip
 # Keys that leave the trained weights alone; anything else that differs makes another run.
 HARMLESS = (

@@ -1,14 +1,17 @@
 """Finding a division before the first step, on a CPU that is told it is a GPU with so much memory."""
 
 import json
+import subprocess
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
 
 from alignment.preference import fitting, steps
 from alignment.preference.division import Division
+from alignment.preference.fitting import filling
 from scripts.dpo_config import DPOConfig
 from scripts.dpo_trainer import DPOTrainer
 from scripts.simpo_config import SimPOConfig
@@ -89,10 +92,45 @@ def test_a_division_changes_no_number(gpu, build, monkeypatch):
 
 
 def test_what_does_not_fit_when_it_is_tried_is_chosen_smaller(gpu, build):
-    gpu(room=200 * KEPT, taken=150 * KEPT)  # the estimate is off: everything takes as much
-    trainer = build()
+    gpu(room=300 * 2 * RECOMPUTED)
+    trainer = build(recompute_layers=2)
+    plain, tried = trainer.try_out, []
+
+    def try_out(division):
+        tried.append(division.max_tokens)
+        plain(division)
+        if division.max_tokens > 200:  # the estimate is off by half
+            raise torch.OutOfMemoryError("no room")
+
+    trainer.try_out = try_out
     trainer.train()
-    assert trainer.max_tokens >= LONGEST
+    assert tried[0] == 300
+    assert LONGEST < trainer.max_tokens <= 200
+    assert sorted(set(tried), reverse=True) == list(dict.fromkeys(tried))
+
+
+def test_what_is_tried_is_a_second_micro_batch_beside_the_gradients_of_a_first(gpu, build):
+    gpu(room=1e9)
+    found = {}
+    for step in (4, 1):
+        trainer = build(gradient_accumulation_steps=step, max_tokens_per_micro_batch=None, max_steps=1)
+        plain, seen = trainer.try_out, []
+
+        def try_out(division, plain=plain, seen=seen, trainer=trainer):
+            seen.append(all(parameter.grad is not None for parameter in trainer.model.parameters()))
+            plain(division)
+
+        trainer.try_out = try_out
+        trainer.train()
+        found[step] = seen
+    assert found == {4: [False, True], 1: [False]}
+
+
+def test_padded_rows_that_are_tried_have_no_more_tokens_than_the_budget_padding_included():
+    tokens = 2 * np.array([250, 1024, *[250] * 20])
+    assert filling(tokens, 6500, is_padded=True) == [1, 0, 2]
+    assert filling(tokens, 6500, is_padded=False) == [1, 0, *range(2, 9)]
+    assert filling(tokens, 100, is_padded=True) == [1]
 
 
 def test_what_is_tried_leaves_nothing_behind(gpu, build):
@@ -134,6 +172,38 @@ def test_a_resumed_run_divides_as_the_one_before(gpu, build, tmp_path):
     assert trainer.max_tokens == LONGEST
 
 
+def test_a_resumed_run_counts_the_states_that_it_has_loaded_once(gpu, build, tmp_path, monkeypatch):
+    monkeypatch.setattr(TwoLayers, "peak", lambda *args, **kwargs: SimpleNamespace(optimizer=400 * KEPT))
+    gpu(room=1000 * KEPT, taken=500 * KEPT)
+    first = build(save_strategy="steps", save_steps=1, max_steps=1)
+    first.train()
+    gpu(room=1000 * KEPT, taken=900 * KEPT)  # what was loaded is there
+    trainer = build(max_steps=2)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
+    assert trainer.division == first.division
+    assert trainer.division.recompute_layers == 0
+
+
+@pytest.mark.parametrize("settings", [{"recompute_layers": 1}, {"gradient_checkpointing": False}])
+def test_a_resumed_run_recomputes_what_its_recipe_says(gpu, build, tmp_path, settings):
+    gpu(room=1e9)
+    first = build(save_strategy="steps", save_steps=1, max_steps=1, **settings)
+    first.train()
+    gpu(room=first.max_tokens * 2 * RECOMPUTED + 1)
+    trainer = build(max_steps=2, **settings)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
+    assert trainer.division == first.division
+
+
+def test_memory_that_a_halving_freed_is_not_filled_with_layers_when_the_run_is_resumed(gpu, build, tmp_path):
+    gpu(room=LONGEST * 2 * RECOMPUTED + 1)
+    build(save_strategy="steps", save_steps=1, max_steps=1).train()
+    gpu(room=1e9)
+    trainer = build(max_steps=2)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
+    assert trainer.division == Division(LONGEST, 2)
+
+
 def test_a_number_in_the_recipe_is_taken_as_it_is(gpu, build):
     plans = gpu(room=1e9)
     trainer = build(max_tokens_per_micro_batch=100, recompute_layers=1)
@@ -150,11 +220,14 @@ def test_a_fixed_count_of_pairs_may_still_leave_the_layers_open(gpu, build):
     assert trainer.division.recompute_layers == 0
 
 
-def test_a_run_that_cannot_be_estimated_takes_the_smallest_division_and_says_so(gpu, build, monkeypatch, caplog):
+@pytest.mark.parametrize(
+    "error", [ValueError("it cannot be estimated: no such layer"), subprocess.TimeoutExpired("it cannot be estimated", 600)]
+)
+def test_a_run_that_cannot_be_estimated_takes_the_smallest_division_and_says_so(gpu, build, monkeypatch, caplog, error):
     gpu(room=1e9)
 
     def fails(plan):
-        raise ValueError("the memory of this run cannot be estimated: no such layer")
+        raise error
 
     monkeypatch.setattr(fitting, "estimate", fails)
     trainer = build()

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.overrides import TorchFunctionMode
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations import flex_attention as transformers_flex
@@ -21,8 +22,10 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 
 from alignment.data.tokenization import SIDES
 from alignment.errors import UserError
+from alignment.model import shared_prompt
 from alignment.model.head import add_lm_head
-from alignment.model.shared_prompt import PROVEN, use_shared_prompts
+from alignment.model.layers import recomputable_layers
+from alignment.model.shared_prompt import PROVEN, Attend, use_shared_prompts
 from alignment.preference.collate import Batch, PackedCollator, PaddedCollator, Row
 from alignment.preference.losses import response_sums, simpo_loss
 from alignment.preference.trainer import FORWARD_COLUMNS
@@ -381,6 +384,46 @@ def test_a_compiled_model_has_the_same_losses_and_gradients():
     torch.testing.assert_close(losses, expected_losses, rtol=1e-5, atol=0)
     found = {name.removeprefix("_orig_mod."): gradient for name, gradient in gradients.items()}
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def in_one_call(query: Tensor, key: Tensor, value: Tensor, ask: Attend) -> Tensor:
+    """No attention, but of the layout it reads what a GPU's varlen attention does: tensors, and two lengths as numbers."""
+    layout = ask.layout
+    keys, values = (x[0].transpose(0, 1).index_select(0, layout.key_index) for x in (key, value))
+    near = (keys.mean(0) + values.mean(0)).repeat_interleave(query.shape[1] // key.shape[1], 0)  # (heads, D)
+    most = layout.cu_queries.max() / layout.max_queries + layout.cu_keys.max() / layout.max_keys
+    return (query[0].transpose(0, 1) / most + near)[None]
+
+
+@pytest.mark.parametrize(("kernel", "checkpointing"), [(None, False), (in_one_call, False), (in_one_call, True)])
+def test_compiled_layers_have_the_same_losses_and_gradients_and_are_not_compiled_anew_for_every_batch(
+    kernel, checkpointing, monkeypatch
+):
+    """As `torch_compile` with accelerate's regional compilation has them."""
+    if kernel is not None:
+        monkeypatch.setattr(shared_prompt, "sdpa", kernel)
+    packed, plain = (model_of("llama", dtype=torch.float32, num_hidden_layers=2) for _ in range(2))
+    for model in (packed, plain):
+        prepared(model)
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+    torch.compiler.reset()
+    compiled = CompileCounterWithBackend("aot_eager")
+    for layer in recomputable_layers(packed):
+        layer.compile(backend=compiled, dynamic=True)
+    seen = []
+    for lengths in (
+        [(5, 3, 2), (7, 9, 4)],
+        [(6, 8, 3)],
+        [(4, 2, 9), (11, 3, 3), (2, 2, 2)],
+        [(9, 4, 4), (3, 6, 5)],
+        [(8, 1, 7)],
+    ):
+        expected, found = (losses_and_gradients(packed_mean_logps, model, token_rows(lengths)) for model in (plain, packed))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+        seen.append(compiled.frame_count)
+    assert seen[0] > 0, seen
+    assert seen[1:] == [seen[0]] * 4, seen
 
 
 # ---- The trainer ----

@@ -27,6 +27,15 @@ def on_a_gpu(monkeypatch):
         monkeypatch.setattr(layers, name, lambda asked, on_gpu, decide=decide: decide(asked, on_gpu=True))
 
 
+def test_cudnns_attention_is_switched_off_and_the_kernel_named(tmp_path, tokenizer, caplog):
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    caplog.set_level("INFO")
+    args = SFTConfig(output_dir=str(tmp_path / "run"), use_cpu=True, report_to="none")
+    SFTTrainer(model=tiny_model(), args=args, train_dataset=Dataset.from_list(ROWS), processing_class=tokenizer)
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    assert "Attention: sdpa, as transformers has it." in caplog.text
+
+
 @pytest.fixture
 def applied(monkeypatch) -> list[tuple[Any, dict[str, bool]]]:
     """What Liger's kernels are applied to, and which of them: the package is there and changes nothing."""

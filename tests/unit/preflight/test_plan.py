@@ -9,8 +9,9 @@ from datasets import Dataset
 
 from alignment.model.adapters import lora_config
 from alignment.model.loading import check_model_path
-from alignment.preference.fitting import memory_plan
-from alignment.preference.memory import GIB, Peak, Plan
+from alignment.model.shared_prompt import asked_attention, use_shared_prompts
+from alignment.preference.fitting import attention_held, memory_plan
+from alignment.preference.memory import GIB, Pair, Peak, Plan, estimates
 from alignment.preflight.dry_run import WillNotFit, conclude
 from alignment.preflight.memory import Memory, MicroBatch, Sizes, memory_of, plan_of, sizes_of
 from alignment.preflight.model import skeleton_of
@@ -46,6 +47,7 @@ def arguments(folder, config=SimPOConfig, **settings):
         ("llama", {"torch_dtype": "bfloat16"}, {"bf16": True, "gradient_checkpointing": True}),
         ("llama", {}, {"pair_layout": "padded", "optim": "adafactor"}),
         ("gpt2", {"attn_implementation": "eager"}, {}),
+        ("llama", {"attn_implementation": "eager"}, {"pair_layout": "packed"}),
         ("qwen2", {"use_peft": True, "lora_r": 4, "lora_target_modules": ["q_proj", "up_proj"]}, {}),
         ("llama", {"use_peft": True, "lora_r": 8}, {}),  # peft's usual layers
     ],
@@ -89,6 +91,29 @@ def test_a_recipe_for_a_gpu_is_estimated_for_one(tmp_path):
     assert (flash.device_type, flash.strategy, flash.processes, flash.attention) == ("cuda", "fsdp2", 4, "sdpa")
     assert (flash.dtype, flash.compute_dtype, flash.optimizer) == (torch.float32, torch.bfloat16, "adamw_torch_fused")
     assert plans["eager"].attention == "flex_attention"
+
+
+@pytest.mark.parametrize("layout", ["auto", "packed", "padded"])
+@pytest.mark.parametrize("asked", ["flash_attention_2", "kernels-community/flash-attn3", "eager", "sdpa", "flex_attention"])
+def test_a_prepared_model_is_estimated_by_an_attention_that_any_machine_can_build(asked, layout):
+    model = tiny_model()
+    model.config._attn_implementation_internal = asked
+    if layout != "padded":
+        use_shared_prompts(model, keeps_eager=layout == "packed")
+        assert model.config._attn_implementation.startswith("shared_prompt_")
+    assert asked_attention(model.config) == asked
+    held = attention_held(asked_attention(model.config), layout, is_packed=layout != "padded", on_gpu=True)
+    wanted = "sdpa" if "flash" in asked else "flex_attention" if (asked, layout) == ("eager", "auto") else asked
+    assert held == wanted
+
+
+def test_eager_attention_that_is_kept_holds_its_scores_by_whole_segments_on_a_gpu():
+    plan = Plan(tiny_model().config, attention="eager", pair=Pair(40, 300, 300))
+    kept, flex = estimates([plan, replace(plan, attention="flex_attention")])
+    tokens, heads = 640, plan.config.num_attention_heads
+    scores = heads * 4 * (39**2 + 2 * 301 * 340)  # float32, of a layer
+    more = kept.peak(tokens, recompute_layers=0).activations - flex.peak(tokens, recompute_layers=0).activations
+    assert more > LAYERS * scores
 
 
 # ---- Micro-batches ----
