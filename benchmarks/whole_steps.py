@@ -21,7 +21,8 @@ with opening():
 
     from alignment.recipe.parser import H4ArgumentParser
     from benchmarks import train_step
-    from benchmarks.tokenization import load_tokenizer
+    from benchmarks.step_table import versions
+    from benchmarks.tokenization import load_tokenizer, machine
     from scripts.simpo_config import SimPOConfig
     from scripts.simpo_trainer import SimPOTrainer
 
@@ -54,7 +55,7 @@ def main() -> None:
         trainer.train()
         for record in trainer.state.log_history:
             print(json.dumps({key: record[key] for key in SHOWN if key in record}))
-        print(f"division: {trainer.division}; {train_step.machine()}, {train_step.versions()}")
+        print(f"division: {trainer.division}; {machine()}, {versions()}")
 
 
 if __name__ == "__main__":

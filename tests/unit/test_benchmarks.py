@@ -1,0 +1,53 @@
+"""Benchmarks are fair: what this suite sets for itself, its peers do not get."""
+
+import sys
+
+import pytest
+import torch
+
+from benchmarks import step_table, train_step
+
+TINY = (
+    "--hidden 64 --layers 2 --heads 4 --kv-heads 2 --intermediate 128 --vocab 600 --micro-batches 1 --response-tokens 20 "
+    "--contenders packed published trl"
+)
+
+
+@pytest.fixture
+def benchmark(monkeypatch, tmp_path, tokenizer):
+    """Arguments, model and contenders of a small one; torch may choose cuDNN's attention, as it comes."""
+    monkeypatch.setattr(sys, "argv", ["train_step.py", *TINY.split(), f"--json={tmp_path / 'figures.json'}"])
+    args = train_step.parse_arguments()
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    model, rows = train_step.build_model(args), train_step.load_rows(args, tokenizer)
+    yield args, model, [train_step.enter(name, model, rows, tokenizer, str(tmp_path), args) for name in args.contenders]
+    torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+def test_peers_are_timed_with_the_attention_kernels_that_torch_has_and_this_suite_without_cudnns(benchmark):
+    _, model, contenders = benchmark
+    seen = {}
+    for contender in [*contenders, *reversed(contenders)]:
+
+        def loss(rows, contender=contender):
+            seen.setdefault(contender.name, set()).add(torch.backends.cuda.cudnn_sdp_enabled())
+            return contender.loss(rows)
+
+        train_step.train(model, contender._replace(loss=loss))
+    assert seen == {"packed": {False}, "published": {True}, "trl": {True}}
+
+
+def test_what_was_measured_before_a_benchmark_is_stopped_is_in_its_file(benchmark, capsys):
+    args, model, contenders = benchmark
+    table = step_table.Table(args, model, contenders[0].micro_batches[0])
+    table.add("published", step_table.Measured(seconds=[2.0, 4.0]))
+    assert "published     1.5000 (1.0000 to 2.0000)" in capsys.readouterr().out
+    first = args.json.read_text()
+    table.add("packed", step_table.Measured(seconds=[1.0, 1.0], micro_batch=step_table.MicroBatch(20.0, 15.0, 300)))
+    assert '"published / it": 1.0' in first
+    assert '"contender": "packed"' not in first
+    figures = args.json.read_text()
+    assert '"published / it": 3.0' in figures
+    assert '"launches": 300' in figures
+    assert "20.0 ms, of which 15.0 in 300 kernels" in capsys.readouterr().out
