@@ -500,8 +500,9 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.method != "simpo":
         args.contenders = [name for name in args.contenders if name.partition("@")[0] not in ("published", "liger")]
-    if "liger" in args.contenders and importlib.util.find_spec("liger_kernel") is None:
-        args.contenders.remove("liger")
+    others = [name for name in args.contenders if name.partition("@")[0] != "liger"]
+    if len(others) < len(args.contenders) and importlib.util.find_spec("liger_kernel") is None:
+        args.contenders = others
         if not args.only:
             print("liger: skipped, because liger_kernel is not installed")
     return args

@@ -1,11 +1,13 @@
 """Benchmarks are fair: what this suite sets for itself, its peers do not get."""
 
+import argparse
+import json
 import sys
 
 import pytest
 import torch
 
-from benchmarks import step_table, train_step
+from benchmarks import gpu_proof, step_table, train_step
 
 TINY = (
     "--hidden 64 --layers 2 --heads 4 --kv-heads 2 --intermediate 128 --vocab 600 --micro-batches 1 --response-tokens 20 "
@@ -51,3 +53,38 @@ def test_what_was_measured_before_a_benchmark_is_stopped_is_in_its_file(benchmar
     assert '"published / it": 3.0' in figures
     assert '"launches": 300' in figures
     assert "20.0 ms, of which 15.0 in 300 kernels" in capsys.readouterr().out
+
+
+def test_the_proof_of_a_gpu_ends_in_its_time_keeps_what_a_stopped_section_had_and_names_what_it_left_out(
+    tmp_path, monkeypatch, capsys
+):
+    endless = "import time; print('begun', flush=True); time.sleep(600)"
+    monkeypatch.setattr(
+        gpu_proof,
+        "sections",
+        lambda args: [gpu_proof.Section("endless", ["-c", endless], 500), gpu_proof.Section("next", ["-c", ""], 500)],
+    )
+    monkeypatch.setattr(gpu_proof, "WHOLE", 3)
+    monkeypatch.setattr(sys, "argv", ["gpu_proof.py", "--cpu", f"--out={tmp_path}"])
+    with pytest.raises(SystemExit) as ended:
+        gpu_proof.main()
+    assert ended.value.code == 1
+    (stopped,) = json.loads((tmp_path / "proof.json").read_text())
+    assert (stopped["status"], stopped["output"]) == (None, "begun")
+    assert stopped["seconds"] == pytest.approx(3, abs=1)
+    page = (tmp_path / "proof.md").read_text()
+    assert "| endless | stopped at its time limit |" in page
+    assert "| next | no time left | 0 |" in page
+    assert "next: no time left" in capsys.readouterr().out
+
+
+def test_the_sections_of_a_gpu_are_commands_that_their_scripts_accept(monkeypatch):
+    args = argparse.Namespace(cpu=False, data=None, tokenizer=None)
+    names = []
+    for section in gpu_proof.sections(args):
+        if section.command[0] in gpu_proof.WITH_FIGURES:
+            names.append(section.name)
+            split = section.command.index("--") if "--" in section.command else None
+            monkeypatch.setattr(sys, "argv", [*section.command[:split], "--json=figures.json"])
+            train_step.parse_arguments()  # exits where it is not
+    assert len(names) == 8
