@@ -65,6 +65,7 @@ def test_the_proof_of_a_gpu_ends_in_its_time_keeps_what_a_stopped_section_had_an
         lambda args: [gpu_proof.Section("endless", ["-c", endless], 500), gpu_proof.Section("next", ["-c", ""], 500)],
     )
     monkeypatch.setattr(gpu_proof, "WHOLE", 3)
+    monkeypatch.setattr(gpu_proof, "SHORTEST", 1)
     monkeypatch.setattr(sys, "argv", ["gpu_proof.py", "--cpu", f"--out={tmp_path}"])
     with pytest.raises(SystemExit) as ended:
         gpu_proof.main()
