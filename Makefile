@@ -1,4 +1,4 @@
-# setup · quickstart · ablation · test · test-all · test-newest · test-torch-2.11 · style · schemas · bench · review-proof · gpu-proof
+# setup · quickstart · ablation · test · test-all · test-triton · test-newest · test-torch-2.11 · style · schemas · bench · review-proof · gpu-proof
 # Every target first builds .venv where it is missing or older than the files that describe it.
 
 PYTHON ?= python3
@@ -7,6 +7,8 @@ EXTRAS ?= dev
 VENV := .venv
 RUN := $(VENV)/bin/python
 OLD_TORCH := .venv-torch-2.11
+# Its interpreter reads NumPy 2.4, as that of 3.6 does not. Not in constraints.txt: a torch for GPUs pins its own.
+TRITON := 3.7.1
 OLD_READER := .venv-transformers-4
 ALPACA_EVAL := .venv-alpaca-eval
 NEWEST := .venv-newest
@@ -15,7 +17,7 @@ TORCH ?= torch
 # One stamp for each set of extras, so that asking for another set installs it.
 STAMP := $(VENV)/installed-$(EXTRAS)
 
-.PHONY: setup quickstart ablation test test-all test-trackers test-transformers-4 test-evaluation test-newest test-torch-2.11 style bench review-proof gpu-proof
+.PHONY: setup quickstart ablation test test-all test-triton test-trackers test-transformers-4 test-evaluation test-newest test-torch-2.11 style bench review-proof gpu-proof
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -38,7 +40,7 @@ ablation: $(STAMP)
 	@$(RUN) scripts/run_ablation.py training_configs/ablations/quickstart.yaml
 
 # What `make test` leaves to the targets below it.
-APART := --ignore=tests/trackers --ignore=tests/readers --ignore=tests/evaluation --ignore=tests/slow
+APART := --ignore=tests/trackers --ignore=tests/readers --ignore=tests/evaluation --ignore=tests/slow --ignore=tests/interpreted
 
 test: $(STAMP)
 	@$(RUN) -m pytest -n 2 --dist loadfile $(APART)
@@ -46,9 +48,19 @@ test: $(STAMP)
 # Also what takes minutes, and what needs other packages than a run does.
 test-all: test
 	@$(RUN) -m pytest tests/slow
+	@$(MAKE) --no-print-directory test-triton
 	@$(MAKE) --no-print-directory test-transformers-4
 	@$(MAKE) --no-print-directory test-trackers EXTRAS=dev,trackers
 	@$(MAKE) --no-print-directory test-evaluation EXTRAS=dev,eval
+
+# TRL's kernels for the head, interpreted. A torch for CPUs brings no Triton: 200 MB, 700 on the disk, in a folder of its own,
+# because libraries take other ways where they find it in .venv.
+test-triton: $(STAMP) .triton-$(TRITON)/installed
+	@PYTHONPATH=.triton-$(TRITON) $(RUN) -m pytest tests/interpreted
+
+.triton-$(TRITON)/installed: | $(STAMP)
+	@$(RUN) -m pip install -qq --disable-pip-version-check --no-deps --upgrade --target $(@D) triton==$(TRITON)
+	@touch $@
 
 test-trackers: $(STAMP)
 	@$(RUN) -m pytest tests/trackers

@@ -25,8 +25,9 @@ from accelerate.utils import send_to_device
 from torch import nn
 from transformers import Gemma2Config, LlamaConfig, PreTrainedConfig, Qwen3Config
 
+from alignment.model.layers import recompute_first
 from alignment.preference.collate import Batch
-from alignment.preference.fake_step import Ledger, batch_of, build, micro_batch, recompute, shard, silent_processes, tokens_of
+from alignment.preference.fake_step import Ledger, batch_of, build, micro_batch, shard, silent_processes, tokens_of
 from alignment.preference.memory import ZERO_BUCKET, Lora, MemoryModel, Pair, Plan, estimates
 from benchmarks.memory_processes import PROCESSES, Job, measure
 
@@ -79,7 +80,7 @@ def measured_peak(plan: Plan, pairs: int, recompute_layers: int) -> int:
     """Bytes at the highest point of the second step, with real tensors."""
     with silent_processes(plan), Ledger(plan.device_type) as ledger:
         model = build(plan, plan.config.num_hidden_layers, plan.device_type)
-        recompute(model, recompute_layers)
+        recompute_first(model, recompute_layers)
         model = shard(model, plan) if plan.strategy.startswith("fsdp") else model
         batch = send_to_device(batch_of(plan, plan.pair, pairs), torch.device(plan.device_type))
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])

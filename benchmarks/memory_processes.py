@@ -19,8 +19,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from alignment.model.layers import recompute_first
 from alignment.preference.collate import Batch
-from alignment.preference.fake_step import Ledger, batch_of, build, micro_batch, recompute
+from alignment.preference.fake_step import Ledger, batch_of, build, micro_batch
 from alignment.preference.memory import Plan
 
 PROCESSES = 2
@@ -70,7 +71,7 @@ def peak_of(job: Job) -> int:
     plan = job.plan
     with Ledger() as ledger:
         model = build(plan, plan.config.num_hidden_layers)
-        recompute(model, job.recompute_layers)
+        recompute_first(model, job.recompute_layers)
         batch = batch_of(plan, plan.pair, job.pairs)
         step = zero_step(model, plan) if plan.strategy.startswith("zero") else ddp_step(model)
         step(batch, plan)

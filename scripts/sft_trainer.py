@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput
 
 from alignment.errors import UserError
+from alignment.model.layers import use_fused_kernels
 from alignment.preference.by_tokens import StepsByTokens, smaller_budget
 from alignment.preference.collate import Batch, Row, Rows, parts_by_tokens
 from alignment.preference.fitting import is_gpu
@@ -34,6 +35,9 @@ class SFTTrainer(StepsByTokens, DurableTrainer, trl.SFTTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        # Behind TRL's constructor, which calls the setting deprecated; the Trainer reads both when training begins.
+        use_fused_kernels(self.args)
+        logger.info("Attention: %s.", self.attention_kernel())
         self.max_tokens = self.asked_tokens()
         if self.max_tokens is not None:
             logger.info("Steps are divided into micro-batches of at most %s tokens.", f"{self.max_tokens:,}")

@@ -2,18 +2,25 @@
 
 import importlib.util
 
-from torch import nn
-from transformers import TrainingArguments
+from peft import PeftModel
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.training_args import OptimizerNames
 
-
-def recomputable_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
-    """Layers that gradient checkpointing can compute again, in their order; none where a model's are of another kind."""
-    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+from .config_files import whole_model
 
 
-def recompute_first(model: nn.Module, count: int) -> int:
+def recomputable_layers(model: PreTrainedModel | PeftModel) -> list[GradientCheckpointingLayer]:
+    """Layers that gradient checkpointing can compute again, in their order; none where a model's are of another kind.
+
+    Those that text passes: the layers of a tower for images come before them, and get no gradient.
+    """
+    policy = whole_model(model)
+    text = policy if policy.config.get_text_config() is policy.config else policy.get_decoder()
+    return [module for module in text.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def recompute_first(model: PreTrainedModel | PeftModel, count: int) -> int:
     """Let the first `count` layers be computed again in the backward pass, and no other; the numbers are the same.
 
     For a model whose gradient checkpointing is on. Returns how many layers there are to choose from.

@@ -31,6 +31,7 @@ from ..errors import UserError
 NAME = "shared_prompt_"  # in front of the attention implementation that a model had
 BLOCK = 128  # of flex_attention
 FLEX_HEAD = 16  # the smallest head that it computes
+FLEX_GRAPHS = 64  # that torch may keep of it: lengths of several classes, with a gradient and without; torch's own limit is 8
 # On a CPU, where a mask does not save the work that it hides: a fifth less time than whole segments. On a GPU the launches of
 # so many small products cost more than they save: 2,183 a layer and micro-batch against 551.
 QUERY_BLOCK = 128
@@ -258,6 +259,9 @@ def eager_or_flex(query: Tensor, key: Tensor, value: Tensor, ask: Attend) -> Ten
 
 def flex(query: Tensor, key: Tensor, value: Tensor, ask: Attend) -> Tensor:
     refuse_dropout(ask)
+    # Beyond the limit flex_attention would run uncompiled, and hold the scores of the whole row.
+    limits = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, FLEX_GRAPHS)
     query, key, value = in_autocast_dtype(query, key, value)
     mask = ask.layout.block_masks.get(ask.window)
     if mask is None:
@@ -284,9 +288,11 @@ def block_mask(layout: SharedPrompt, window: int | None, device: torch.device) -
     numbers = readers(layout)
     owner, reads, position = (numbers if device.type == "cpu" else numbers.pin_memory()).to(device, non_blocking=True)
 
+    # Not the window itself: for torch a number, or none, would be other code, and each window have graphs of its own.
+    first = position - (tokens if window is None else window - 1)
+
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        distance = position[query] - position[key]
-        near = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+        near = (position[key] >= first[query]) & (position[key] <= position[query])
         return near & ((owner[key] == owner[query]) | (owner[key] == reads[query]))
 
     numbers = torch.arange(tokens, device=device)
@@ -326,17 +332,31 @@ def asked_attention(config: PreTrainedConfig) -> str:
     return PREPARED.get(name, name)
 
 
-def describe_kernel(implementation: str, device: torch.device, *, keeps_eager: bool) -> str:
-    """Which kernel computes packed rows there, and why."""
-    name = implementation.removeprefix(NAME)
+def describe_kernel(model: PreTrainedModel, device: torch.device, *, layout: str, half: bool) -> str:
+    """What computes a model's attention there, and why.
+
+    layout: "padded", "packed", or "kept", packed rows under eager attention as it is written. half: in bf16 or fp16.
+    """
+    config = model.config.get_text_config()
+    name = asked_attention(config)
+    if layout == "padded":
+        return f"{name}, as transformers has it"
     if device.type != "cuda":
         return f"{name}, segment by segment"
+    if name == "eager" and layout == "kept":
+        return "eager, whole segments, because pair_layout is packed"
     if name == "eager":
-        kept = "eager, whole segments, because pair_layout is packed"
-        return kept if keeps_eager else "flex_attention: the arithmetic of eager, without its scores in memory"
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        if size < FLEX_HEAD:
+            return f"eager, whole segments, because flex_attention has no heads of {size}"
+        if getattr(config, "attention_dropout", 0) and any(getattr(m, "attention_dropout", 0) for m in model.modules()):
+            return "eager, whole segments, because flex_attention has no dropout"
+        return "flex_attention: the arithmetic of eager, without its scores in memory"
+    if name == "sdpa" and not half:
+        return "sdpa with a mask for each segment, because flash attention does not compute float32"
     if name == "sdpa" and not has_flash(device):
         return "sdpa with a mask for each segment, because flash attention does not run on this GPU"
-    return "torch's varlen flash attention" if name == "sdpa" else name
+    return "torch's varlen flash attention, which is sdpa's for rows without padding" if name == "sdpa" else f"{name}, as asked"
 
 
 # ---- The model ----

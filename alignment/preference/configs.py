@@ -104,13 +104,6 @@ class PairConfig(RunArguments, TrainingArguments):
             "instead of being kept in memory. auto: on a GPU as few as memory allows, on a CPU all."
         },
     )
-    use_liger_kernel: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Norms, rotations and gated products by Liger's kernels; the loss stays this suite's. null: on a GPU, "
-            "where liger_kernel is installed."
-        },
-    )
     score_step_0: bool = field(
         default=True,
         metadata={"help": "Score the held-out pairs and the probe's before the first step too: what training changed."},

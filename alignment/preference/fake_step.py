@@ -32,13 +32,13 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_layers import GradientCheckpointingLayer
 from trl.kernels import chunked_logprob
 from trl.trainer import utils as trl_utils
 
 from ..model import head, shared_prompt
 from ..model.config_files import whole_model
 from ..model.head import add_lm_head
+from ..model.layers import recomputable_layers, recompute_first
 from ..model.shared_prompt import use_shared_prompts
 from .collate import Batch, PackedCollator, PaddedCollator, Row
 from .losses import response_sums, simpo_loss
@@ -195,7 +195,7 @@ INDEXING = (aten.index, aten.index_put, aten._index_put_impl, *IN_PLACE_INDEXING
 def watch(model: nn.Module, ledger: Ledger) -> None:
     """Cut the ledger where a stretch ends: behind each module forward, and where a module's input has its gradient."""
     names = ["embedding", *map(str, range(len(LAYERS))), "head"]
-    modules = [model.get_input_embeddings(), *decoder_layers(model)]
+    modules = [model.get_input_embeddings(), *recomputable_layers(model)]
     for module, name, following in zip(modules, names, names[1:], strict=False):
         module.register_forward_hook(partial(cut_behind, ledger, name, following))
 
@@ -226,10 +226,6 @@ def end_over(usual: Window, outer: Window, inner: Window, *, comes_second: bool)
     more = plus(inner, usual, -1)
     before = more if comes_second else Window(0, 0)
     return plus(plus(outer, usual, -1), Window(more.held, before.held, more.gathered, before.gathered))
-
-
-def decoder_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
-    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 # ---- The model ----
@@ -277,12 +273,6 @@ def add_lora(model: PreTrainedModel, plan: Plan) -> nn.Module:
         if parameter.requires_grad:  # peft trains in float32 on a base of fewer bits
             parameter.data = parameter.data.float()
     return model
-
-
-def recompute(model: nn.Module, layers: int) -> None:
-    """The first so many layers are recomputed in backward, the others are not."""
-    for number, layer in enumerate(decoder_layers(model)):
-        layer.gradient_checkpointing = number < layers
 
 
 def shard(model: nn.Module, plan: Plan) -> nn.Module:
@@ -373,11 +363,11 @@ def probe(plan: Plan) -> MemoryModel:
     ledger, answers = Ledger(), Answers()
     with silent_processes(plan), movable_modules(), FakeTensorMode(allow_non_fake_inputs=True), ledger, answers:
         model = build(plan, len(LAYERS))
-        recompute(model, LAYERS.count("recomputed"))
+        recompute_first(model, LAYERS.count("recomputed"))
         with gpu_kernels(model, plan) if plan.device_type == "cuda" else contextlib.nullcontext():
             model = shard(model, plan) if plan.strategy.startswith("fsdp") else model
             watch(model, ledger)
-            total, layers = weights_of(model), [weights_of(layer) for layer in decoder_layers(model)]
+            total, layers = weights_of(model), [weights_of(layer) for layer in recomputable_layers(model)]
             tried = partial(sample, model, plan, ledger, answers, held=total.parameters + earlier_bytes(plan, total))
             counts = pair_counts(plan)
             tried(plan.pair, 1)  # sets up what the others find: gradients, FSDP's groups

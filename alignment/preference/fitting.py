@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import subprocess
 from contextlib import nullcontext
 from pathlib import Path
@@ -30,6 +31,7 @@ from .memory import Lora, MemoryModel, Pair, Plan, estimate
 logger = logging.getLogger(__name__)
 
 DIVISION = "division.json"  # in checkpoints, and in _run where a step was too large
+GATHERING = ("zero3", "fsdp1", "fsdp2")  # strategies that gather a layer's weights whenever it computes
 SPARE = 0.94  # of a GPU's memory: the allocator loses some between blocks
 LESS = 0.85  # of the room that was thought to be there, after a micro-batch did not fit
 
@@ -67,12 +69,25 @@ class FittedSteps(GuardedSteps):
             count = min(self.division.recompute_layers, len(layers))
             logger.info("%d of %d layers are computed again in the backward pass.", count, len(layers))
         if self.by_tokens:
-            logger.info("Steps are divided into micro-batches of at most %s tokens.", f"{self.division.max_tokens:,}")
+            logger.info("%s", self.described())
+
+    def described(self) -> str:
+        """How this process's steps are divided, on average, and what that costs where weights are gathered for it."""
+        most, tokens = self.division.max_tokens, self.step_tokens()
+        count = math.ceil(tokens / most)
+        what = f"Steps of about {tokens:,.0f} tokens are divided into micro-batches of at most {most:,}: {count} a step."
+        if strategy_of(self.accelerator) not in GATHERING:
+            return what
+        return f"{what} Each gathers the weights twice, for its forward and its backward: {2 * count} times a step."
+
+    def step_tokens(self) -> float:
+        """Of this process's pairs of a step, on average."""
+        pairs = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+        return float(self.tokens_of_pairs().mean()) * pairs
 
     def fitting_division(self) -> Division:
         layers = max(len(recomputable_layers(self.model)), 1)
-        tokens = self.tokens_of_pairs()
-        longest = int(tokens.max())
+        longest = int(self.tokens_of_pairs().max())
         wish, least = self.wish_of_this_start(longest)
         smallest = Division(wish.max_tokens or longest, layers if wish.recompute_layers is None else wish.recompute_layers)
         memory = self.estimate_of_all()
@@ -80,7 +95,7 @@ class FittedSteps(GuardedSteps):
             logger.warning("%s; micro-batches are as small as can be, and every layer is computed again.", memory)
             return smallest
         room = -self.largest_of_all(-room_bytes(self.args.device))
-        step_tokens = int(tokens.mean() * self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * 1.5)
+        step_tokens = int(1.5 * self.step_tokens())
         for _ in range(8):
             division = fastest(
                 lambda count, room=room: memory.largest(room, count) if count >= least else 0,

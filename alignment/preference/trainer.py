@@ -21,7 +21,7 @@ from ..model.config_files import whole_model
 from ..model.head import add_lm_head
 from ..model.layers import use_fused_kernels
 from ..model.loading import disable_dropout, load_policy, parameter_dtype
-from ..model.shared_prompt import describe_kernel, use_shared_prompts, why_not
+from ..model.shared_prompt import use_shared_prompts, why_not
 from ..model.text_part import freeze_other_parts
 from ..report.card import pair_card
 from .by_tokens import smaller_budget
@@ -89,7 +89,7 @@ class PairTrainer(EvaluatedPairs):
         model = prepared(model, peft_config, args)
         policy = whole_model(model)
         padding = args.padding_value if args.padding_value is not None else processing_class.pad_token_id
-        is_packed, scores_prompt = packs(policy, args.pair_layout, args.device), self.objective.scores_prompt
+        is_packed, scores_prompt = packs(policy, args.pair_layout), self.objective.scores_prompt
         collator = PackedCollator(scores_prompt) if is_packed else PaddedCollator(padding, scores_prompt)
         if isinstance(args.max_tokens_per_micro_batch, int):
             check_token_budget(args.max_tokens_per_micro_batch, collator, train_dataset)
@@ -104,6 +104,7 @@ class PairTrainer(EvaluatedPairs):
             callbacks=callbacks,
             **kwargs,
         )
+        logger.info("Attention: %s.", self.attention_kernel())
         self.policy_config = policy.config.get_text_config()
         self.throughput = Throughput(dense_flops(policy, trainable_share(self.model)), args.device, is_packed=is_packed)
         self.add_callback(StepClock(self.throughput))
@@ -119,6 +120,12 @@ class PairTrainer(EvaluatedPairs):
         if isinstance(data, dict) and name == "eval_dataset":
             return {key: pair_tokens(f"{name}[{key!r}]", rows, tokenizer, args) for key, rows in data.items()}
         return pair_tokens(name, data, tokenizer, args)
+
+    def attention_kernel(self, layout: str = "padded") -> str:
+        """Of the pairs, as they are laid out."""
+        if isinstance(self.data_collator, PackedCollator):
+            layout = "kept" if self.args.pair_layout == "packed" else "packed"
+        return super().attention_kernel(layout)
 
     # ---- The objective ----
 
@@ -328,16 +335,14 @@ def trainable_share(model: nn.Module) -> float:
     return sum(size for size, trained in sizes if trained) / sum(size for size, _ in sizes)
 
 
-def packs(model: PreTrainedModel, pair_layout: str, device: torch.device) -> bool:
+def packs(model: PreTrainedModel, pair_layout: str) -> bool:
     """Whether batches are packed; prepares the model for them. Raises UserError if that is asked for and impossible."""
     if pair_layout == "padded":
         return False
     reason = why_not(model)
     if reason is None:
-        implementation, keeps_eager = model.config.get_text_config()._attn_implementation, pair_layout == "packed"
-        use_shared_prompts(model, keeps_eager=keeps_eager)
-        kernel = describe_kernel(implementation, device, keeps_eager=keeps_eager)
-        logger.info("Packed batches, each prompt computed once; attention: %s.", kernel)
+        use_shared_prompts(model, keeps_eager=pair_layout == "packed")
+        logger.info("Packed batches, each prompt computed once.")
         return True
     if pair_layout == "packed":
         raise UserError(f"pair_layout = packed: not possible with this model, because {reason}; use auto or padded")

@@ -274,6 +274,14 @@ class RunArguments(DryRunArguments):
         default=0.0, metadata={"help": "How much better an evaluation must be to count for early_stopping_patience."}
     )
 
+    use_liger_kernel: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Norms, rotations and gated products by Liger's kernels; the loss stays what it is. null: on a GPU, "
+            "where liger_kernel is installed."
+        },
+    )
+
     save_steps: float = field(
         default=0.25, metadata={"help": "Optimizer steps between checkpoints; below 1, a share of the whole run."}
     )

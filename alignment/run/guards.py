@@ -15,6 +15,8 @@ from transformers import Trainer
 from transformers.trainer_utils import TrainOutput
 
 from ..errors import TrainingStopped
+from ..model.config_files import whole_model
+from ..model.shared_prompt import describe_kernel
 
 logger = logging.getLogger(__name__)
 
@@ -103,8 +105,14 @@ class GuardedSteps(Trainer):
         allowed = f"; skip_nonfinite = {skipped} steps were skipped before" if skipped else ""
         raise NonFiniteStep(
             f"{what}{allowed}. {self.fate_of_step(cause)} Rows and figures: {path}. Usual causes: a learning rate that is too "
-            f"high, fp16, damaged weights. Attention was computed by {attention_of(self.model)} on a {self.args.device.type}."
+            f"high, fp16, damaged weights. Attention was computed by {self.attention_kernel()}, on a {self.args.device.type}."
         )
+
+    def attention_kernel(self, layout: str = "padded") -> str:
+        """What computes attention, and why."""
+        policy = whole_model(self.model)
+        half = self.args.bf16 or self.args.fp16 or policy.dtype in (torch.bfloat16, torch.float16)
+        return describe_kernel(policy, self.args.device, layout=layout, half=half)
 
     def describe_broken(self, cause: str, rows: list[dict[str, Any]]) -> str:
         places = places_of(rows)
@@ -227,10 +235,6 @@ def keep_off_cudnn_attention() -> None:
     https://github.com/pytorch/pytorch/issues/196678); which lengths meet, only the data knows.
     """
     torch.backends.cuda.enable_cudnn_sdp(False)
-
-
-def attention_of(model: nn.Module) -> str:
-    return model.config.get_text_config()._attn_implementation
 
 
 def settings_that_help(

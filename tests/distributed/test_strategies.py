@@ -33,7 +33,7 @@ from tests.distributed.conftest import (
     records,
     scored_pairs,
 )
-from tests.distributed.worker import GPU_HEAD_CHUNK
+from tests.distributed.worker import GPU_HEAD_CHUNK, RECOMPUTED
 from tests.golden.traces import DATA, assert_follows, method_of
 from tests.workspaces import read_jsonl
 
@@ -58,6 +58,7 @@ REPLIES = [
     '--sample_prompts=["the river", "a mountain of weather", "quickly because more now", "her lanterns would not", "because"]',
     "--sample_max_new_tokens=8", "--sample_temperature=0",
 ]  # fmt: skip
+ONE_RECOMPUTED = ["--gradient_checkpointing=true", "--recompute_layers=1"]
 RUNS = {
     "packed": ["--pair_layout=packed", *REPLIES],
     "padded": ["--pair_layout=padded"],
@@ -65,6 +66,8 @@ RUNS = {
     "by tokens": ["--max_tokens_per_micro_batch=300"],
     "qlora": [*LORA, "--load_in_4bit=true", "--bnb_4bit_quant_storage=float32"],  # the type that FSDP can shard
     "from an adapter": [*LORA, "--model_name_or_path={folder}/sft"],
+    "one layer recomputed": [*ONE_RECOMPUTED, "--pair_layout=packed"],
+    "one layer recomputed, padded lora": [*ONE_RECOMPUTED, *LORA, "--pair_layout=padded"],
 }
 # With the head of a GPU. Under sharding each of these is another module, whose parameters are gathered around its call.
 HEADS = {
@@ -97,6 +100,8 @@ LEFT_IN_SHARDS = {
     "zero3": {"ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "false"},
     "fsdp2": {"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"},
 }
+# Bytes of each process's GPU; the smaller one has room for 400 tokens with both layers recomputed, for 72 with one.
+ROOMS = [10**9, 400 * 2 * RECOMPUTED]
 PARAMETERS = sum(parameter.numel() for parameter in builders.tiny_model().parameters())
 
 every_strategy = pytest.mark.parametrize("strategy", CONFIGS)
@@ -118,6 +123,7 @@ def jobs_of(strategy: str, recipe: Path, folder: Path) -> dict[str, dict[str, An
         resumed = name.replace("whole", "resumed")
         again = {"source": str(folder / name), "target": str(folder / resumed), "step": 2}
         jobs |= {name: job(name, *options, *SAVING), resumed: job(resumed, *options, *SAVING, rewind=again)}
+    jobs["fitted"] = job("fitted", "--pair_layout=packed", "--gradient_checkpointing=true", rooms=ROOMS)
     if strategy == "ddp":
         jobs |= {name: job(name, *options) for name, options in INCOMPLETE.items()}
         jobs |= {f"golden {name}": golden_job(name, folder / f"golden {name}") for name in GOLDEN}
@@ -171,6 +177,23 @@ def leave_compiler_lock(folder: Path) -> None:
 @pytest.mark.parametrize("name", RUNS)
 def test_two_processes_match_one(name, strategy, launched, one_process):
     assert_same_run(one_process(*RUNS[name]), launched(strategy).folder / name)
+
+
+@every_strategy
+def test_layers_are_recomputed_where_the_model_is_divided_too(strategy, launched):
+    for facts in launched(strategy).facts:
+        assert [facts[name]["recomputed"] for name in RUNS if name.startswith("one layer")] == [1, 1]
+
+
+@every_strategy
+def test_all_processes_divide_their_steps_as_the_one_with_the_least_room_has_to(strategy, launched, one_process):
+    """And the step is the same. DeepSpeed's engine would count a trial as part of a step."""
+    for facts in launched(strategy).facts:
+        assert facts["fitted"]["division"] == [400, 2]
+        assert facts["fitted"]["trials"] == (0 if strategy.startswith("zero") else 2)
+    gathers = "gathers the weights twice" in launched(strategy).printed
+    assert gathers == (strategy in SHARDED)
+    assert_same_run(one_process("--pair_layout=packed"), launched(strategy).folder / "fitted")
 
 
 def assert_same_run(one: Path, two: Path) -> None:

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -24,7 +25,9 @@ import alignment.preference.trainer
 from alignment.errors import TrainingStopped, UserError
 from alignment.launch.strategy import ShardingCheck, local_size, strategy_of
 from alignment.model import head
+from alignment.model.layers import recomputable_layers
 from alignment.pipeline import run
+from alignment.preference import fitting
 from alignment.preference.trainer import PairTrainer
 from scripts.simpo_trainer import SimPOTrainer
 from tests.distributed import cpu_fsdp
@@ -124,6 +127,44 @@ def gpu_head(facts: dict[str, Any]) -> Iterator[None]:
         yield
 
 
+KEPT, RECOMPUTED = 1000, 100  # bytes of a token in a layer that is kept, and in one that is recomputed
+
+
+class TwoLayers:
+    """A model of memory by hand."""
+
+    def largest(self, available: float, recomputed: int) -> int:
+        return int(available / (recomputed * RECOMPUTED + (2 - recomputed) * KEPT))
+
+    def peak(self, tokens: int, recompute_layers: int) -> Any:
+        return SimpleNamespace(optimizer=0)
+
+
+@contextmanager
+def on_gpus(facts: dict[str, Any], rooms: list[int]) -> Iterator[None]:
+    """As on GPUs of so many bytes, of which only the first process can make an estimate."""
+    rank = int(os.environ["RANK"])
+    facts["trials"] = 0
+
+    def estimate(plan: Any) -> TwoLayers:
+        if rank != 0:
+            raise ValueError("no memory on this machine for a child process")
+        return TwoLayers()
+
+    def tried(*_: Any) -> dict[str, Any]:
+        return {"trials": facts["trials"] + 1}
+
+    with (
+        mock.patch.object(fitting, "is_gpu", return_value=True),
+        mock.patch.object(fitting, "estimate", estimate),
+        mock.patch.object(fitting, "room_bytes", return_value=rooms[rank]),
+        mock.patch.object(fitting, "start_measuring"),
+        mock.patch.object(fitting, "most_bytes", return_value=0),
+        observed(facts, fitting.FittedSteps, "try_out", tried),
+    ):
+        yield
+
+
 def carry_out(job: dict[str, Any]) -> dict[str, Any]:
     facts: dict[str, Any] = {}
     if "rewind" in job:
@@ -133,6 +174,7 @@ def carry_out(job: dict[str, Any]) -> dict[str, Any]:
         mock.patch.dict(os.environ, job.get("environment", {})),
         gradients_counted(facts),
         gpu_head(facts) if job.get("gpu_head") else nullcontext(),
+        on_gpus(facts, job["rooms"]) if "rooms" in job else nullcontext(),
         observed(facts, alignment.preference.trainer, "load_policy", loaded),
         observed(facts, alignment.model.adapters, "load_policy", loaded),
         observed(facts, PairTrainer, "concatenated_forward", lambda scores, *_: scored(scores)),
@@ -150,6 +192,8 @@ def carry_out(job: dict[str, Any]) -> dict[str, Any]:
         "wrapped": type(trainer.model_wrapped).__name__,
         "frequencies": frequencies(trainer.model),
         "master": master_dtypes(trainer),
+        "recomputed": sum(layer.gradient_checkpointing for layer in recomputable_layers(trainer.model)),
+        "division": trainer.division,
     }
 
 

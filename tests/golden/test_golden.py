@@ -4,6 +4,7 @@ from collections import defaultdict
 from math import hypot
 
 import pytest
+import torch
 
 from alignment.data.tokenization import SIDES
 from alignment.pipeline import run
@@ -39,6 +40,22 @@ every_layout = pytest.mark.parametrize("options", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("name", FLOAT32)
 def test_a_published_recipe_gives_the_published_trace(name, options, run_recipe):
     assert_follows(run_recipe(name, *options).state.log_history, name)
+
+
+def test_on_a_cpu_auto_is_to_the_bit_what_it_is_switched_off(run_recipe, tmp_path):
+    runs = []
+    for tokens, layers in (("auto", "auto"), ("null", "all")):
+        options = [f"--max_tokens_per_micro_batch={tokens}", f"--recompute_layers={layers}"]
+        trainer = run_recipe("sigmoid-header", *options, f"--output_dir={tmp_path / tokens}")
+        runs.append(([exact(record) for record in trainer.state.log_history], dict(trainer.model.named_parameters())))
+    (records, weights), (records_without, weights_without) = runs
+    assert records == records_without
+    assert [name for name in weights_without if not torch.equal(weights[name], weights_without[name])] == []
+
+
+def exact(record: dict[str, float]) -> dict[str, float]:
+    """Without times and memory, which differ from run to run."""
+    return {name: value for name, value in record.items() if not any(part in name for part in ("second", "runtime", "memory"))}
 
 
 @every_layout

@@ -94,6 +94,21 @@ def test_packed_attention_is_one_softmax_in_float64(heads, key_heads, size, kern
     assert max(off(a, b) for a, b in zip(found, expected, strict=True)) < tolerance
 
 
+def test_flex_attention_is_never_uncompiled_whatever_the_lengths(monkeypatch):
+    """Uncompiled, it would hold the scores of a row."""
+    torch.compiler.reset()
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+    for number in range(12):
+        layout = shared_prompt_layout([(50 + 90 * number, 60 + 9 * number, 700), (3, 400 + number, 11)]).to(GPU)
+        tokens = sum(s.length for s in layout.segments)
+        heads = [torch.randn(1, count, tokens, 64, device=GPU, dtype=torch.bfloat16) for count in (8, 2, 2)]
+        for window in (None, 64):
+            ask = Attend(nn.Linear(1, 1), layout, 0.125, window, 50.0, "eager")
+            with torch.no_grad():
+                shared_prompt.eager_or_flex(*heads, ask)
+            shared_prompt.eager_or_flex(*(x.requires_grad_() for x in heads), ask).sum().backward()
+
+
 # ---- Models ----
 
 

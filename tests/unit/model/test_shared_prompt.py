@@ -13,6 +13,7 @@ from accelerate.utils import send_to_device
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention import flex_attention
 from torch.utils.data import DataLoader
 from transformers import (
@@ -43,6 +44,7 @@ from alignment.model.shared_prompt import (
     block_mask,
     by_segment,
     causal_mask,
+    describe_kernel,
     eager,
     flash,
     flex,
@@ -637,6 +639,63 @@ def test_a_prepared_model_without_a_layout_keeps_its_attention_dropout(attention
     use_shared_prompts(model)
     torch.testing.assert_close(seeded(model), before, rtol=0, atol=0)
     assert not torch.equal(before, seeded(model.eval()))
+
+
+def test_flex_attention_keeps_few_graphs_whatever_the_lengths_and_windows(monkeypatch):
+    """Beyond torch's limit it would run uncompiled. With a backend that runs the graphs as they are."""
+    torch.compiler.reset()
+    graphs = CompileCounterWithBackend("eager")
+    compiled = torch.compile(flex_attention.flex_attention, backend=graphs)
+
+    def friendly(query: Tensor, key: Tensor, value: Tensor, training: bool, **options: Any) -> Tensor:
+        return compiled(query, key, value, **options)
+
+    monkeypatch.setattr(transformers_flex, "compile_friendly_flex_attention", friendly)
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda *heads: None)
+    counted = []
+    for number in range(12):
+        layout = shared_prompt_layout([(5 + number, 60 + 9 * number, 70), (3, 40 + number, 11)])
+        heads = random_heads(sum(s.length for s in layout.segments))
+        for no_gradient in (True, False):
+            with torch.set_grad_enabled(not no_gradient):
+                for window in (None, 32):
+                    ask = ask_of(layout, window=window, softcap=30.0, implementation="flex_attention")
+                    expected = eager(*heads, ask)
+                    torch.testing.assert_close(flex(*heads, ask), expected, rtol=1e-4, atol=1e-5)
+        counted.append(graphs.frame_count)
+    assert counted[-1] <= 6, counted  # with a window and without one alike
+    assert counted[7:] == counted[-1:] * 5, counted
+    assert torch._dynamo.config.recompile_limit >= shared_prompt.FLEX_GRAPHS
+
+
+@pytest.mark.parametrize(
+    ("asked", "layout", "settings", "half", "ampere", "said"),
+    [
+        ("sdpa", "packed", {}, True, True, "torch's varlen flash attention, which"),
+        (
+            "sdpa",
+            "packed",
+            {},
+            False,
+            True,
+            "sdpa with a mask for each segment, because flash attention does not compute float32",
+        ),
+        ("sdpa", "packed", {}, True, False, "because flash attention does not run on this GPU"),
+        ("sdpa", "padded", {}, True, True, "sdpa, as transformers has it"),
+        ("eager", "packed", {"head_dim": 16}, True, True, "flex_attention: the arithmetic of eager"),
+        ("eager", "packed", {"head_dim": 8}, True, True, "eager, whole segments, because flex_attention has no heads of 8"),
+        ("eager", "packed", {"head_dim": 16, "attention_dropout": 0.1}, True, True, "because flex_attention has no dropout"),
+        ("eager", "kept", {"head_dim": 16}, True, True, "eager, whole segments, because pair_layout is packed"),
+        ("flash_attention_2", "packed", {}, True, True, "flash_attention_2, as asked"),
+    ],
+)
+def test_the_kernel_that_is_named_is_the_one_that_computes_there(asked, layout, settings, half, ampere, said, monkeypatch):
+    monkeypatch.setattr(shared_prompt, "has_flash", lambda device: ampere)
+    model = tiny_model(**settings)
+    model.config._attn_implementation_internal = asked
+    if layout != "padded":
+        use_shared_prompts(model, keeps_eager=layout == "kept")
+    assert said in describe_kernel(model, torch.device("cuda"), layout=layout, half=half)
 
 
 def test_flex_attention_refuses_dropout():

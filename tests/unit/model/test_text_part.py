@@ -6,6 +6,7 @@ from transformers import Gemma3Config, Gemma3ForConditionalGeneration, PreTraine
 
 from alignment.errors import UserError
 from alignment.model.adapters import add_adapter
+from alignment.model.layers import recomputable_layers, recompute_first
 from alignment.model.loading import check_model_path
 from alignment.model.text_part import freeze_other_parts, other_parts
 from alignment.recipe.configs import ModelArguments
@@ -44,6 +45,18 @@ def test_every_parameter_that_is_trained_gets_a_gradient(tmp_path):
     trainer.compute_loss(trainer.model, trainer.data_collator(rows)).backward()
     without = [name for name, p in trainer.model.named_parameters() if p.requires_grad and p.grad is None]
     assert without == []
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_layers_are_recomputed_where_text_passes(adapted, tmp_path):
+    model = seeing_model()
+    if adapted:
+        config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules="all-linear")
+        model = add_adapter(model, config, TrainingArguments(output_dir=str(tmp_path), use_cpu=True))
+    assert recompute_first(model, 1) == 2
+    layers = recomputable_layers(model)
+    assert {type(layer).__name__ for layer in layers} == {"Gemma3DecoderLayer"}
+    assert [layer.gradient_checkpointing for layer in layers] == [True, False]
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "fc1"]])

@@ -459,11 +459,22 @@ def rows_that_read_it(*numbers: int) -> list[dict[str, Any]]:
 def test_a_step_that_is_not_finite_is_not_taken_and_its_rows_are_named(build, batches):
     split = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
     trainer = build(damaged_model(), rows_that_read_it(4), **split, **batches)
-    with pytest.raises(NonFiniteStep, match=r"step 2: the log-probabilities of training rows \[4\] \(rank 0\) are not finite"):
+    with pytest.raises(
+        NonFiniteStep, match=r"step 2: the log-probabilities of training rows \[4\] \(rank 0\) are not finite"
+    ) as error:
         trainer.train()
+    kernel = "sdpa, as transformers has it" if batches.get("pair_layout") == "padded" else "sdpa, segment by segment"
+    assert f"Attention was computed by {kernel}, on a cpu" in str(error.value)
     after_the_first = plain_sgd(damaged_model(), [ROWS[:4]])
     torch.testing.assert_close(weights_of(trainer.model), after_the_first, **ROUNDING, equal_nan=True)
     assert trainer.state.global_step == 1
+
+
+def test_cudnns_attention_is_switched_off_by_a_trainer(build):
+    """Behind a mask its gradients can be NaN in bf16."""
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    build()
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def test_damaged_weights_stop_training_at_once(build):

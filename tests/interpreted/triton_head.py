@@ -1,6 +1,6 @@
 """TRL's Triton kernels for the head, in Triton's interpreter, against float64; prints the errors as JSON.
 
-`TRITON_INTERPRET=1 python -m tests.triton_head`: a process of its own, because Triton reads that when it is imported.
+A process of its own, because Triton reads TRITON_INTERPRET=1 when it is imported.
 """
 
 import json
