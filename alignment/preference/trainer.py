@@ -225,8 +225,8 @@ class PairTrainer(EvaluatedPairs):
         return f"The next start takes micro-batches of at most {tokens:,} tokens, and goes on. " if tokens else ""
 
     def next_budget(self) -> int | None:
-        """Tokens of a micro-batch that the next start takes, where they are fewer than this one's."""
-        written = read_division(Path(self.args.output_dir, "_run"))
+        """Tokens of a micro-batch that the next start takes, where they are fewer than this one's; none where a recipe says."""
+        written = None if self.wish.max_tokens is not None else read_division(Path(self.args.output_dir, "_run"))
         if written is None or self.max_tokens is None or written.max_tokens >= self.max_tokens:
             return None
         return written.max_tokens
