@@ -89,3 +89,22 @@ def test_the_sections_of_a_gpu_are_commands_that_their_scripts_accept(monkeypatc
             monkeypatch.setattr(sys, "argv", [*section.command[:split], "--json=figures.json"])
             train_step.parse_arguments()  # exits where it is not
     assert len(names) == 8
+
+
+def test_on_a_gpu_what_is_measured_before_another_contender_fails_is_kept(benchmark, monkeypatch):
+    args, model, contenders = benchmark
+    args.device, args.repeats, args.profile = "cuda", 1, True
+    for name in ("reset_peak_memory_stats", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
+    table = step_table.Table(args, model, train_step.load_rows(args, None))
+
+    def fails(rows):
+        raise torch.OutOfMemoryError("no room")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        train_step.take_turns(model, [contenders[0], contenders[1]._replace(loss=fails)], args, table)
+    (kept,) = json.loads(args.json.read_text())
+    assert kept["contender"] == "packed"
+    assert kept["seconds_per_pair"] > 0
+    assert kept["wall_ms"] > 0
