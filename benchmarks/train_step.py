@@ -6,12 +6,11 @@ A step is the forward and backward of all pairs, in micro-batches, collation inc
 weights, get the same pairs, must report the same loss, and on a CPU take turns; what is printed are medians over repeats, with
 the smallest and the largest. Seconds are those of all cores together on a CPU, and the device's on a GPU. A contender may be
 given micro-batches of its own: `published@8` has 8 pairs in each, `packed@16384t` 16,384 tokens; and another method than
-`--method`: beside DPO's step, `packed:simpo` is SimPO's.
+`--method`: beside DPO's step, `packed:simpo` is SimPO's. On a GPU each is printed as soon as it is measured.
 """
 
 import argparse
 import copy
-import importlib.metadata
 import importlib.util
 import json
 import math
@@ -40,22 +39,22 @@ with opening():
     from accelerate.utils import send_to_device
     from datasets import Dataset
     from torch import Tensor
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
-    from trl.trainer.utils import get_peak_flops
 
     from alignment.data.tokenization import SIDES, LengthRules, tokenize_pairs
-    from alignment.model.layers import recompute_first
-    from alignment.preference.collate import PackedCollator, PaddedCollator, Row, divided, on_device, token_counts
-    from alignment.preference.throughput import dense_flops
+    from alignment.model.layers import recomputable_layers, recompute_first
+    from alignment.preference.collate import PackedCollator, PaddedCollator, Row, divided, on_device
     from alignment.preference.trainer import PairTrainer
     from alignment.run.guards import peak_memory_gb
-    from benchmarks.tokenization import load_tokenizer, machine, ratio, rendered_pairs
+    from benchmarks.step_table import Measured, MicroBatch, Table, timed
+    from benchmarks.tokenization import load_tokenizer, rendered_pairs
     from tests import builders, reference
     from tests.methods import METHODS
 
 BETAS, GAMMA_BETA_RATIO = {"simpo": 2.5, "dpo": 0.1, "orpo": 0.1}, 0.55
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}  # relative, of the mean loss; bf16 logits have 8 bits
-WIDTHS = (20, 30, 20, 14, 24, 24, 12, 8)
 Loss = Callable[[list[Row]], Tensor]  # a micro-batch -> its mean loss, with its graph
 
 
@@ -70,6 +69,7 @@ class Setup(NamedTuple):
     rows: list[Row]  # a reference is scored for
     recompute_layers: int | None  # of this suite's contenders, like what follows
     fused_layers: bool
+    compiled_layers: bool
 
     @property
     def trainer_settings(self) -> dict[str, Any]:
@@ -166,6 +166,9 @@ def ours(setup: Setup, layout: str) -> Loss:
     trainer = ours_trainer(setup, layout)
     if setup.recompute_layers is not None:
         recompute_first(setup.model, setup.recompute_layers)
+    if setup.compiled_layers:
+        for layer in recomputable_layers(setup.model):
+            layer.compile(dynamic=True)
 
     def loss(rows: list[Row]) -> Tensor:
         return trainer.compute_loss(trainer.model, on_device(trainer.data_collator(rows), setup.device))
@@ -203,6 +206,7 @@ CONTENDERS: dict[str, Callable[[Setup], Loss]] = {
     "padded": lambda setup: ours(setup, "padded"),
     "packed": lambda setup: ours(setup, "packed"),
 }
+OURS = ("padded", "packed")
 
 
 class Contender(NamedTuple):
@@ -213,6 +217,7 @@ class Contender(NamedTuple):
     loss: Loss
     micro_batches: list[list[Row]]
     rotary: Callable[..., Any] | None  # Liger puts its own rotation into the model's file, where all contenders would find it
+    cudnn_attention: bool  # whether torch may choose it: peers have what torch has, this suite keeps off it
 
 
 def enter(
@@ -223,17 +228,26 @@ def enter(
     method = method or args.method
     own = twin(model, checkpointing=args.gradient_checkpointing)
     file = sys.modules[type(model).__module__]
-    before = getattr(file, "apply_rotary_pos_emb", None)
-    setup = Setup(own, tokenizer, torch.device(args.device), folder, method, rows, args.recompute_layers, args.fused_layers)
-    loss = CONTENDERS[kind](setup)
+    before, cudnn_before = getattr(file, "apply_rotary_pos_emb", None), torch.backends.cuda.cudnn_sdp_enabled()
+    loss = CONTENDERS[kind](set_up(own, tokenizer, folder, method, rows, args))
     rotary = getattr(file, "apply_rotary_pos_emb", None)
+    cudnn_attention = torch.backends.cuda.cudnn_sdp_enabled() if kind in OURS else cudnn_before
     if before is not None:
         file.apply_rotary_pos_emb = before
+    torch.backends.cuda.enable_cudnn_sdp(cudnn_before)
     if size.endswith("t"):
-        collator = PaddedCollator(0) if kind == "padded" else PackedCollator()
-        return Contender(name, method, loss, divided(rows, collator, int(size[:-1])), rotary)
-    pairs = int(size or args.pairs_per_micro_batch)
-    return Contender(name, method, loss, [rows[i : i + pairs] for i in range(0, len(rows), pairs)], rotary)
+        micro_batches = divided(rows, PaddedCollator(0) if kind == "padded" else PackedCollator(), int(size[:-1]))
+    else:
+        pairs = int(size or args.pairs_per_micro_batch)
+        micro_batches = [rows[i : i + pairs] for i in range(0, len(rows), pairs)]
+    return Contender(name, method, loss, micro_batches, rotary, cudnn_attention)
+
+
+def set_up(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str, method: str, rows: list[Row], args
+) -> Setup:
+    settings = args.recompute_layers, args.fused_layers, args.compiled_layers
+    return Setup(model, tokenizer, torch.device(args.device), folder, method, rows, *settings)
 
 
 # ---- Model and pairs ----
@@ -303,25 +317,12 @@ def lengths(count: int, args: argparse.Namespace) -> list[tuple[int, int, int]]:
 # ---- Measuring ----
 
 
-def timed(device: torch.device, work: Callable[[], Any]) -> tuple[float, Any]:
-    """CPU seconds of all cores, or the GPU's seconds between two events; and what the work returned."""
-    if device.type == "cpu":
-        start = time.process_time()
-        result = work()
-        return time.process_time() - start, result
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    result = work()
-    end.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(end) / 1000, result
-
-
 def train(model: PreTrainedModel, contender: Contender, micro_batches: list[list[Row]] | None = None) -> Tensor:
     """Forward and backward of every micro-batch; the mean loss of their pairs."""
     micro_batches = contender.micro_batches if micro_batches is None else micro_batches
     if contender.rotary is not None:
         sys.modules[type(model).__module__].apply_rotary_pos_emb = contender.rotary
+    torch.backends.cuda.enable_cudnn_sdp(contender.cudnn_attention)
     model.zero_grad()
     total, pairs = torch.zeros((), device=model.device), sum(map(len, micro_batches))
     for rows in micro_batches:
@@ -331,36 +332,39 @@ def train(model: PreTrainedModel, contender: Contender, micro_batches: list[list
     return total
 
 
-def take_turns(
-    model: PreTrainedModel, contenders: list[Contender], args: argparse.Namespace
-) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """Seconds of every repeat, by contender, and on a GPU the memory that each had at its peak, in GB.
+def take_turns(model: PreTrainedModel, contenders: list[Contender], args: argparse.Namespace, table: Table) -> None:
+    """Measure all, each as often as asked for, and let the table say so.
 
     Raises AssertionError if a contender's mean loss is not that of the first one of its method.
     """
-    seconds: dict[str, list[float]] = {contender.name: [] for contender in contenders}
-    means: dict[str, list[float]] = {contender.name: [] for contender in contenders}
-    peaks: dict[str, float] = {}
+    found = {contender.name: Measured() for contender in contenders}
     if args.device == "cuda":
         # One after the other: what one has freed does not suit the next, and the device is slow to give memory.
         for contender in contenders:
+            own = found[contender.name]
             torch.cuda.empty_cache()
             warm_up(model, contender)
             torch.cuda.reset_peak_memory_stats()
             for _ in range(args.repeats):
-                measure(model, contender, seconds, means)
-            peaks[contender.name] = peak_memory_gb(model.device)
+                measure(model, contender, own)
+            own.peak_gb = peak_memory_gb(model.device)
+            own.micro_batch = first_micro_batch(model, contender) if args.profile else None
+            table.add(contender.name, own)
     else:
         for contender in contenders:
             warm_up(model, contender)
         for _ in range(args.repeats):
             for contender in contenders:
-                measure(model, contender, seconds, means)
+                measure(model, contender, found[contender.name])
+        for contender in contenders:
+            own = found[contender.name]
+            own.peak_gb = args.peaks[contender.name]
+            own.micro_batch = first_micro_batch(model, contender) if args.profile else None
+            table.add(contender.name, own)
     for method in {contender.method for contender in contenders}:
-        found = [mean for contender in contenders if contender.method == method for mean in means[contender.name]]
-        equal = all(math.isclose(mean, found[0], rel_tol=TOLERANCE[args.dtype]) for mean in found)
-        assert equal, f"{method}: losses differ: {means}"
-    return seconds, peaks
+        means = [mean for contender in contenders if contender.method == method for mean in found[contender.name].means]
+        equal = all(math.isclose(mean, means[0], rel_tol=TOLERANCE[args.dtype]) for mean in means)
+        assert equal, f"{method}: losses differ: { {name: own.means for name, own in found.items()} }"
 
 
 def warm_up(model: PreTrainedModel, contender: Contender) -> None:
@@ -369,12 +373,33 @@ def warm_up(model: PreTrainedModel, contender: Contender) -> None:
         train(model, contender, [rows, rows])
 
 
-def measure(
-    model: PreTrainedModel, contender: Contender, seconds: dict[str, list[float]], means: dict[str, list[float]]
-) -> None:
+def measure(model: PreTrainedModel, contender: Contender, found: Measured) -> None:
     passed, mean = timed(model.device, partial(train, model, contender))
-    seconds[contender.name].append(passed)
-    means[contender.name].append(mean.item())
+    found.seconds.append(passed)
+    found.means.append(mean.item())
+
+
+def first_micro_batch(model: PreTrainedModel, contender: Contender) -> MicroBatch:
+    """How far the device is busy in one: by the clock without torch's profiler, which slows the host, and by its kernels."""
+
+    def work() -> None:
+        train(model, contender, contender.micro_batches[:1])
+        if model.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    work()
+    started = time.perf_counter()
+    work()
+    wall = time.perf_counter() - started
+    kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if model.device.type == "cuda" else [])]
+    with profile(activities=kinds) as profiler:
+        work()
+    kernels = [
+        event.time_range.elapsed_us()
+        for event in profiler.events()
+        if event.device_type == DeviceType.CUDA and not event.is_user_annotation
+    ]
+    return MicroBatch(1000 * wall, sum(kernels) / 1000, len(kernels))
 
 
 def largest_micro_batch(contender: Contender) -> list[Row]:
@@ -390,15 +415,6 @@ def own_process_gb(name: str) -> float:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def matmul_rate(device: torch.device, dtype: torch.dtype, times: int = 20) -> float:
-    """Floating-point operations per second of a large matrix product; per CPU second on a CPU."""
-    size = 8192 if device.type == "cuda" else 1024
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    a @ b  # warms up
-    passed, _ = timed(device, lambda: [a @ b for _ in range(times)])
-    return 2 * size**3 * times / passed
-
-
 def padded_tokens(rows: list[Row]) -> int:
     return PackedCollator()(rows)["token_counts"].padded
 
@@ -407,13 +423,7 @@ def distinct_tokens(rows: list[Row]) -> int:
     return PackedCollator()(rows)["token_counts"].distinct
 
 
-def collator_seconds(micro_batches: list[list[Row]], times: int = 20) -> float:
-    collate = PackedCollator()
-    passed, _ = timed(torch.device("cpu"), lambda: [collate(rows) for rows in micro_batches * times])
-    return passed / times
-
-
-# ---- Printing ----
+# ---- Running ----
 
 
 def main() -> None:
@@ -428,7 +438,7 @@ def main() -> None:
         sys.exit(f"--vocab {args.vocab}: the pairs have a token {largest}; --vocab {len(tokenizer)} holds the tokenizer's")
     names = [args.only] if args.only else args.contenders
     # Before this process grows: a child's peak begins with its parent's.
-    peaks = {} if args.only or args.device == "cuda" else {name: own_process_gb(name) for name in names}
+    args.peaks = {} if args.only or args.device == "cuda" else {name: own_process_gb(name) for name in names}
 
     model = build_model(args)
     with tempfile.TemporaryDirectory() as folder:
@@ -437,73 +447,13 @@ def main() -> None:
             train(model, contenders[0], [largest_micro_batch(contenders[0])])
             print(json.dumps(peak_memory_gb(model.device)))
             return
-        seconds, measured = take_turns(model, contenders, args)
-        if args.method == "dpo" and "packed" in seconds:
-            own = twin(model, checkpointing=False)
-            setup = Setup(own, tokenizer, model.device, folder, args.method, rows, None, args.fused_layers)
-            share = reference_share(setup, statistics.median(seconds["packed"]))
+        table = Table(args, model, rows)
+        take_turns(model, contenders, args, table)
+        if args.method == "dpo" and "packed" in table.seconds:
+            own = set_up(twin(model, checkpointing=False), tokenizer, folder, args.method, rows, args)
+            share = reference_share(own, statistics.median(table.seconds["packed"]))
             print(f"scoring the reference: {share:.0%} of an epoch of packed steps, the optimizer's not counted")
-    report(args, model, rows, seconds, peaks | measured)
-
-
-def report(
-    args: argparse.Namespace, model: PreTrainedModel, rows: list[Row], seconds: dict[str, list[float]], peaks: dict[str, float]
-) -> None:
-    pairs = args.pairs_per_micro_batch
-    counts = [token_counts(rows[i : i + pairs]) for i in range(0, len(rows), pairs)]
-    distinct, padded, scored = (sum(getattr(count, name) for count in counts) for name in ("distinct", "padded", "scored"))
-    device = torch.device(args.device)
-    unit = "CPU s" if device.type == "cpu" else "GPU s"
-    print(
-        f"{args.method}: {args.model_type}, {model.num_parameters() / 1e6:,.0f}M parameters, vocabulary {args.vocab:,}, "
-        f"{args.dtype}, attention {args.attn}, gradient checkpointing {'on' if args.gradient_checkpointing else 'off'}, layers "
-        f"recomputed by this suite: {'all' if args.recompute_layers is None else args.recompute_layers}; "
-        f"{args.repeats} repeats of {len(rows)} pairs, {pairs} a micro-batch where a name says nothing else"
-    )
-    prompt, response = mean_lengths(rows)
-    print(
-        f"tokens padded : distinct = {padded:,} : {distinct:,} = {padded / distinct:.2f} in micro-batches of {pairs}; on "
-        f"average {prompt:.0f} of a prompt and {response:.0f} of a response; equal losses"
-    )
-    body, head = dense_flops(model, trainable_share=1.0)
-    flops, rate = body * distinct + head * scored, matmul_rate(model.device, model.dtype)
-    print(
-        f"floor: {flops / rate / len(rows):.5f} s per pair, the FLOPs of the distinct tokens at the {rate:.3g} FLOP/s of a "
-        "matrix product here, nothing computed twice"
-    )
-    name = torch.cuda.get_device_name(model.device) if device.type == "cuda" else ""
-    peak_flops = get_peak_flops(name, str(model.dtype).removeprefix("torch."))
-    columns = ("", f"{unit} per pair", "distinct tokens/s", "peak memory", "published / it", "trl / it", "it / floor", "MFU")
-    print("".join(f"{title:>{width}}" for title, width in zip(columns, WIDTHS, strict=True)))
-    for contender, own in seconds.items():
-        low, middle, high = (value / len(rows) for value in (min(own), statistics.median(own), max(own)))
-        peers = (next((other for other in seconds if other.partition("@")[0] == peer), None) for peer in ("published", "trl"))
-        cells = (
-            contender,
-            f"{middle:.4f} ({low:.4f} to {high:.4f})",
-            f"{distinct / statistics.median(own):,.0f}",
-            f"{peaks[contender]:.2f} GB",
-            *(ratio(seconds[peer], own) if peer else "" for peer in peers),
-            f"{middle * len(rows) * rate / flops:.2f}",
-            "" if peak_flops is None else f"{flops / middle / len(rows) / peak_flops:.3f}",
-        )
-        print("".join(f"{cell:>{width}}" for cell, width in zip(cells, WIDTHS, strict=True)))
-    if (packed := next((own for contender, own in seconds.items() if contender.startswith("packed")), None)) is not None:
-        share = collator_seconds([rows[i : i + pairs] for i in range(0, len(rows), pairs)]) / statistics.median(packed)
-        print(f"packed collator and layout: {share:.2%} of a step{'' if share < 0.02 else ', more than the 2 % it may take'}")
-    print(f"{machine()}, {torch.get_num_threads()} threads, {versions()}")
-
-
-def mean_lengths(rows: list[Row]) -> tuple[float, float]:
-    """Mean tokens of a prompt and of a response."""
-    prompt = statistics.mean(row["chosen_prompt_length"] for row in rows)
-    return prompt, statistics.mean(row[f"{side}_length"] for row in rows for side in ("chosen", "rejected"))
-
-
-def versions() -> str:
-    packages = [name for name in ("torch", "trl", "liger_kernel") if importlib.util.find_spec(name)]
-    gpu = [torch.cuda.get_device_name()] if torch.cuda.is_available() else []
-    return ", ".join([*gpu, *(f"{name} {importlib.metadata.version(name)}" for name in packages)])
+    table.end()
 
 
 def contender_name(text: str) -> str:
@@ -543,12 +493,16 @@ def parse_arguments() -> argparse.Namespace:
     run.add_argument("--contenders", nargs="+", type=contender_name, default=list(CONTENDERS), help=", ".join(CONTENDERS))
     run.add_argument("--recompute-layers", type=int, help="of this suite's contenders; default: all")
     run.add_argument("--fused-layers", action="store_true", help="Liger's kernels in the layers of this suite's contenders")
+    run.add_argument("--compiled-layers", action="store_true", help="layers of this suite's contenders compiled by torch")
+    run.add_argument("--profile", action="store_true", help="also time by the clock and in kernels of one micro-batch of each")
+    run.add_argument("--json", type=Path, help="file for the figures, written after every contender")
     run.add_argument("--only", type=contender_name, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.method != "simpo":
         args.contenders = [name for name in args.contenders if name.partition("@")[0] not in ("published", "liger")]
-    if "liger" in args.contenders and importlib.util.find_spec("liger_kernel") is None:
-        args.contenders.remove("liger")
+    others = [name for name in args.contenders if name.partition("@")[0] != "liger"]
+    if len(others) < len(args.contenders) and importlib.util.find_spec("liger_kernel") is None:
+        args.contenders = others
         if not args.only:
             print("liger: skipped, because liger_kernel is not installed")
     return args

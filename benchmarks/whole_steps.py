@@ -3,7 +3,7 @@
     python benchmarks/whole_steps.py [--device cuda] [the model and the pairs as of train_step.py] -- [--key=value ...]
 
 Random weights. Prints what the trainer says and logs: the division that it chose, distinct tokens a second, peak memory, MFU.
-Keys of SimPOConfig behind `--`: `--max_tokens_per_micro_batch=null` for a fixed count of pairs.
+Keys of a recipe behind `--`: `--max_tokens_per_micro_batch=null` for a fixed count of pairs, `--use_peft=true` for LoRA.
 """
 
 import json
@@ -19,9 +19,12 @@ from alignment.launch.opening import opening
 with opening():
     from datasets import Dataset
 
+    from alignment.model.adapters import lora_config
+    from alignment.recipe.configs import ModelArguments
     from alignment.recipe.parser import H4ArgumentParser
     from benchmarks import train_step
-    from benchmarks.tokenization import load_tokenizer
+    from benchmarks.step_table import versions
+    from benchmarks.tokenization import load_tokenizer, machine
     from scripts.simpo_config import SimPOConfig
     from scripts.simpo_trainer import SimPOTrainer
 
@@ -48,13 +51,23 @@ def main() -> None:
             "--activation_checkpointing=true", "--num_train_epochs=2", "--logging_steps=1", "--report_to=none",
             "--save_strategy=no", "--disable_tqdm=true",
         ]  # fmt: skip
-        config, *_ = H4ArgumentParser((SimPOConfig,)).parse([*given, *settings])
+        model_args, config, *_ = H4ArgumentParser((ModelArguments, SimPOConfig)).parse([*given, *settings])
         model = train_step.build_model(args)
-        trainer = SimPOTrainer(model, config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+        trainer = SimPOTrainer(
+            model,
+            config,
+            train_dataset=Dataset.from_list(rows),
+            processing_class=tokenizer,
+            peft_config=lora_config(model_args, model.config),
+        )
         trainer.train()
-        for record in trainer.state.log_history:
-            print(json.dumps({key: record[key] for key in SHOWN if key in record}))
-        print(f"division: {trainer.division}; {train_step.machine()}, {train_step.versions()}")
+        records = [{key: record[key] for key in SHOWN if key in record} for record in trainer.state.log_history]
+        for record in records:
+            print(json.dumps(record))
+        if args.json is not None:
+            division = {key: value for key, value in trainer.division._asdict().items() if value is not None}
+            args.json.write_text(json.dumps([division | record for record in records if "loss" in record], indent=2))
+        print(f"division: {trainer.division}; {machine()}, {versions()}")
 
 
 if __name__ == "__main__":

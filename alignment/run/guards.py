@@ -194,7 +194,7 @@ class GuardedSteps(Trainer):
         return "\n".join(
             [
                 f"step {self.state.global_step + 1}, rank {self.args.process_index}: out of memory in {what}; peak "
-                f"{peak:.1f}{total} GB. What helps most here:",
+                f"{peak:.1f}{total} GB. {self.next_start()}What helps most here:",
                 *(f"  {setting}" for setting in settings),
             ]
         )
@@ -207,6 +207,10 @@ class GuardedSteps(Trainer):
     def describe_batch(self, inputs: dict[str, Any]) -> str:
         rows, length = inputs["input_ids"].shape
         return f"{rows} x {length} tokens"
+
+    def next_start(self) -> str:
+        """What the next start does about too little memory by itself, as the beginning of a sentence about what else helps."""
+        return ""
 
     def smaller_batches(self) -> list[str]:
         """Settings that make a micro-batch smaller and the step no other, best first."""

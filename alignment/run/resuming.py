@@ -43,6 +43,8 @@ HARMLESS = (
     "dataset_num_proc", "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers",
     "dataloader_prefetch_factor", "eval_", "do_", "per_device_eval_batch_size", "ddp_timeout", "skip_nonfinite",
     "score_step_0", "train_probe", "sample_",
+    # The same steps, in sums of another order: what a run that ran out of memory is told to change must not end it.
+    "max_tokens_per_micro_batch", "recompute_layers",
 )  # fmt: skip
 # How a step's rows are divided. Another number of processes divides them otherwise; the product is compared instead.
 DIVISION = ("per_device_train_batch_size", "gradient_accumulation_steps", "total_train_batch_size", "num_processes")

@@ -1,7 +1,9 @@
 """Finding a division before the first step, on a CPU that is told it is a GPU with so much memory."""
 
 import json
+import re
 import subprocess
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +14,7 @@ from datasets import Dataset
 from alignment.preference import fitting, steps
 from alignment.preference.division import Division
 from alignment.preference.fitting import filling
+from alignment.run.guards import OutOfMemory
 from scripts.dpo_config import DPOConfig
 from scripts.dpo_trainer import DPOTrainer
 from scripts.simpo_config import SimPOConfig
@@ -278,3 +281,49 @@ def test_a_step_of_several_processes_is_never_begun_again_and_the_next_start_is_
     assert not trainer.halve()
     assert json.loads((tmp_path / "run" / "_run" / "division.json").read_text())["max_tokens"] == 200
     assert steps.DividedSteps.halve is fitting.FittedSteps.halve
+
+
+def out_of_memory_of(trainer: SimPOTrainer) -> str:
+    """What a run says that the first micro-batch of its first step does not fit."""
+    plain = trainer.concatenated_forward
+
+    def forward(model, batch):
+        if trainer.step_rows or trainer.optimizer is not None:
+            raise torch.OutOfMemoryError("no room")
+        return plain(model, batch)
+
+    trainer.fits = lambda *_: True
+    trainer.concatenated_forward = forward
+    with pytest.raises(OutOfMemory) as stopped:
+        trainer.train()
+    return str(stopped.value)
+
+
+def test_out_of_memory_of_several_processes_says_that_the_next_start_takes_half_and_advises_no_other_number(
+    gpu, build, monkeypatch
+):
+    gpu(room=1e9)
+    trainer = build(pair_layout="padded")
+    trainer.division = Division(4 * LONGEST, 0)
+    plain = trainer.halve
+
+    def halve() -> bool:
+        with monkeypatch.context() as patch:
+            patch.setattr(type(trainer.args), "world_size", 2)
+            return plain()
+
+    trainer.halve = halve
+    told = out_of_memory_of(trainer)
+    assert f"The next start takes micro-batches of at most {2 * LONGEST} tokens, and goes on. What helps" in told
+    assert "max_tokens_per_micro_batch" not in told
+    assert "per_device_train_batch_size" not in told
+
+
+def test_padded_rows_divided_by_tokens_are_advised_half_of_them_padding_included(build):
+    trainer = build(pair_layout="padded", max_tokens_per_micro_batch=1000, gradient_checkpointing=False, bf16=True)
+    fitting.write_division(Path(trainer.args.output_dir, "_run"), Division(200, 0))  # an earlier start's: a number beats it
+    told = out_of_memory_of(trainer)
+    tokens = int(re.search(r"\((\d+) if padded\)", told)[1])
+    assert f"max_tokens_per_micro_batch: {max(tokens // 2, 2 * (9 + 60))}" in told
+    assert "per_device_train_batch_size" not in told
+    assert "next start" not in told

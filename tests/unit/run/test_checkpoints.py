@@ -888,6 +888,8 @@ def test_another_recipe_is_refused_with_every_key_that_differs_and_the_ways_out(
         ("ddp_timeout", 1800, 7200),
         ("hub_model_id", None, "me/model"),
         ("push_to_hub", False, True),
+        ("max_tokens_per_micro_batch", "auto", 4096),
+        ("recompute_layers", "auto", "all"),
     ],
 )
 def test_what_leaves_the_weights_alone_may_differ(key, before, now):
