@@ -44,16 +44,21 @@ class SFTTrainer(StepsByTokens, DurableTrainer, trl.SFTTrainer):
 
     def asked_tokens(self) -> int | None:
         """What the recipe says; left open, what a micro-batch of its count takes at most, on a GPU."""
-        asked, length = self.args.max_tokens_per_micro_batch, self.args.max_length
+        asked = self.args.max_tokens_per_micro_batch
         if asked == "auto":
-            is_whole = self.args.packing or length is None or self.aux_loss_enabled
-            return None if is_whole or not is_gpu(self.args.device) else self.args.per_device_train_batch_size * length
+            return self.tokens_of_count() if is_gpu(self.args.device) else None
         if asked is not None and self.aux_loss_enabled:
             raise UserError(
                 f"max_tokens_per_micro_batch = {asked}: this model's router loss is a mean over a micro-batch, and would be "
                 "another one; give null, or router_aux_loss_coef: 0"
             )
         return asked
+
+    def tokens_of_count(self) -> int | None:
+        """What a fixed count of conversations takes at most; None where they cannot be divided by tokens, or have no limit."""
+        length = self.args.max_length
+        is_whole = self.args.packing or length is None or self.aux_loss_enabled
+        return None if is_whole else self.args.per_device_train_batch_size * length
 
     # ---- Steps by tokens ----
 
@@ -117,9 +122,8 @@ class SFTTrainer(StepsByTokens, DurableTrainer, trl.SFTTrainer):
         return True
 
     def smaller_batches(self) -> list[str]:
-        if self.max_tokens is None:
-            return super().smaller_batches()
-        return smaller_budget(self.max_tokens, self.args.max_length or 1)
+        tokens = self.max_tokens or self.tokens_of_count()
+        return super().smaller_batches() if tokens is None else smaller_budget(tokens, self.args.max_length or 1)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None

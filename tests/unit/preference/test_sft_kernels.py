@@ -29,7 +29,7 @@ def on_a_gpu(monkeypatch):
 
 def test_cudnns_attention_is_switched_off_and_the_kernel_named(tmp_path, tokenizer, caplog):
     torch.backends.cuda.enable_cudnn_sdp(True)
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", logger="scripts.sft_trainer")
     args = SFTConfig(output_dir=str(tmp_path / "run"), use_cpu=True, report_to="none")
     SFTTrainer(model=tiny_model(), args=args, train_dataset=Dataset.from_list(ROWS), processing_class=tokenizer)
     assert not torch.backends.cuda.cudnn_sdp_enabled()
