@@ -1,6 +1,7 @@
 """SFTTrainer: TRL's, with this suite's steps by tokens, checkpoints, guards against numbers not finite, and evaluation."""
 
 import logging
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -15,6 +16,7 @@ from alignment.errors import UserError
 from alignment.model.layers import use_fused_kernels
 from alignment.preference.by_tokens import StepsByTokens, smaller_budget
 from alignment.preference.collate import Batch, Row, Rows, parts_by_tokens
+from alignment.preference.division import Division, read_division, write_division
 from alignment.preference.fitting import is_gpu
 from alignment.preference.metrics import RunningMeans
 from alignment.run.durable import DurableTrainer
@@ -46,7 +48,9 @@ class SFTTrainer(StepsByTokens, DurableTrainer, trl.SFTTrainer):
         """What the recipe says; left open, what a micro-batch of its count takes at most, on a GPU."""
         asked = self.args.max_tokens_per_micro_batch
         if asked == "auto":
-            return self.tokens_of_count() if is_gpu(self.args.device) else None
+            tokens = self.tokens_of_count() if is_gpu(self.args.device) else None
+            written = read_division(Path(self.args.output_dir, "_run"))  # by a start that ran out of memory
+            return tokens if tokens is None or written is None else min(written.max_tokens, tokens)
         if asked is not None and self.aux_loss_enabled:
             raise UserError(
                 f"max_tokens_per_micro_batch = {asked}: this model's router loss is a mean over a micro-batch, and would be "
@@ -114,14 +118,33 @@ class SFTTrainer(StepsByTokens, DurableTrainer, trl.SFTTrainer):
         self.state.num_input_tokens_seen += self.accelerator.gather(torch.tensor(count, device=self.args.device)).sum().item()
 
     def halve(self) -> bool:
-        """After a micro-batch did not fit: half the tokens, where nobody else would be left waiting; whether so."""
+        """After a micro-batch did not fit: half the tokens; whether so. Where others would wait, at the next start."""
         least = self.args.max_length or 1
-        if self.args.max_tokens_per_micro_batch != "auto" or self.args.world_size > 1 or self.max_tokens <= least:
+        if self.args.max_tokens_per_micro_batch != "auto" or self.max_tokens <= least:
             return False
-        self.max_tokens = max(self.max_tokens // 2, least)
+        smaller = max(self.max_tokens // 2, least)
+        if self.args.world_size > 1:
+            write_division(Path(self.args.output_dir, "_run"), Division(smaller, None))
+            return False
+        self.max_tokens = smaller
         return True
 
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Also how steps are divided."""
+        super()._save_rng_state(output_dir)
+        if self.max_tokens is not None and self.args.should_save:
+            write_division(Path(output_dir), Division(self.max_tokens, None))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """And divide them as they were, where the recipe leaves it open."""
+        super()._load_rng_state(checkpoint)
+        saved = read_division(Path(checkpoint)) if checkpoint and self.max_tokens is not None else None
+        if saved is not None and self.args.max_tokens_per_micro_batch == "auto":
+            self.max_tokens = min(saved.max_tokens, self.max_tokens)
+
     def smaller_batches(self) -> list[str]:
+        if self.next_budget() is not None:
+            return []
         tokens = self.max_tokens or self.tokens_of_count()
         return super().smaller_batches() if tokens is None else smaller_budget(tokens, self.args.max_length or 1)
 

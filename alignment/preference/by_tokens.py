@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from ..run.guards import GuardedSteps
 from .collate import Batch, Row, on_device
+from .division import read_division
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +31,18 @@ class StepsByTokens(GuardedSteps):
         if self.reduces_each:
             # Gradients that wait for the step's last micro-batch are whole ones, on every GPU: 26 GB of them for 8B.
             self.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
+
+    def next_start(self) -> str:
+        tokens = self.next_budget()
+        return f"The next start takes micro-batches of at most {tokens:,} tokens, and goes on. " if tokens else ""
+
+    def next_budget(self) -> int | None:
+        """Tokens of a micro-batch that the next start takes, where they are fewer than this one's; none where a recipe says."""
+        asked = self.args.max_tokens_per_micro_batch
+        written = read_division(Path(self.args.output_dir, "_run")) if asked == "auto" else None
+        if written is None or self.max_tokens is None or written.max_tokens >= self.max_tokens:
+            return None
+        return written.max_tokens
 
     def parts_of(self, rows: list[Row], at_least: int = 1) -> list[list[Row]]:
         """Micro-batches within the budget, at least so many where there are as many rows."""

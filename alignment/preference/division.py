@@ -5,8 +5,12 @@ that fit, by two figures measured on an H200 in bf16: a layer's backward again c
 operations in all), and a micro-batch costs the host about 5 ms a layer, which a GPU waits for where it has too few tokens.
 """
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
+
+DIVISION = "division.json"  # in checkpoints, and in _run where a step was too large
 
 HOST_SECONDS = 5e-3  # of a layer's launches, forward and backward, in one micro-batch
 GPU_FLOPS = 5e14  # a second, as layers reach it in bf16
@@ -55,3 +59,13 @@ def fastest(
         if tokens >= (longest if wish.max_tokens is None else wish.max_tokens):
             fitting.append(Division(tokens, count))
     return min(fitting, key=lambda division: relative_cost(division, layers, hiding), default=None)
+
+
+def read_division(folder: Path | None) -> Division | None:
+    path = folder and folder / DIVISION
+    return Division(**json.loads(path.read_text(encoding="utf-8"))) if path and path.is_file() else None
+
+
+def write_division(folder: Path, division: Division) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / DIVISION).write_text(json.dumps(division._asdict()), encoding="utf-8")

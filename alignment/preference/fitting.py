@@ -1,6 +1,5 @@
 """Before the first step: how many tokens of a micro-batch, and how many recomputed layers, suit this device's memory."""
 
-import json
 import logging
 import math
 import subprocess
@@ -25,12 +24,11 @@ from ..recipe.values import text
 from ..run.guards import GuardedSteps
 from .collate import PaddedCollator, on_device
 from .configs import PairConfig
-from .division import Division, Wish, fastest
+from .division import Division, Wish, fastest, read_division, write_division
 from .memory import Lora, MemoryModel, Pair, Plan, estimate
 
 logger = logging.getLogger(__name__)
 
-DIVISION = "division.json"  # in checkpoints, and in _run where a step was too large
 GATHERING = ("zero3", "fsdp1", "fsdp2")  # strategies that gather a layer's weights whenever it computes
 SPARE = 0.94  # of a GPU's memory: the allocator loses some between blocks
 LESS = 0.85  # of the room that was thought to be there, after a micro-batch did not fit
@@ -335,13 +333,3 @@ def bits_of(policy: nn.Module) -> int | None:
     if not getattr(policy, "is_quantized", False):
         return None
     return 4 if getattr(policy, "is_loaded_in_4bit", False) else 8
-
-
-def read_division(folder: Path | None) -> Division | None:
-    path = folder and folder / DIVISION
-    return Division(**json.loads(path.read_text(encoding="utf-8"))) if path and path.is_file() else None
-
-
-def write_division(folder: Path, division: Division) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / DIVISION).write_text(json.dumps(division._asdict()), encoding="utf-8")

@@ -28,7 +28,6 @@ from .by_tokens import smaller_budget
 from .collate import Batch, PackedCollator, PaddedCollator
 from .configs import PairConfig
 from .evaluation import EvaluatedPairs
-from .fitting import read_division
 from .losses import response_sums
 from .scores import CrossEntropy, PairLosses, PairScores, pair_metrics
 from .steps import StepClock, StepSize, check_token_budget, counts_of
@@ -219,17 +218,6 @@ class PairTrainer(EvaluatedPairs):
             counts = self.micro_batch["token_counts"]
             tokens = counts.padded if is_padded else counts.distinct
         return [*packing, *smaller_budget(tokens, longest)]
-
-    def next_start(self) -> str:
-        tokens = self.next_budget()
-        return f"The next start takes micro-batches of at most {tokens:,} tokens, and goes on. " if tokens else ""
-
-    def next_budget(self) -> int | None:
-        """Tokens of a micro-batch that the next start takes, where they are fewer than this one's; none where a recipe says."""
-        written = None if self.wish.max_tokens is not None else read_division(Path(self.args.output_dir, "_run"))
-        if written is None or self.max_tokens is None or written.max_tokens >= self.max_tokens:
-            return None
-        return written.max_tokens
 
     def floating_point_ops(self, inputs: Batch) -> float:
         """Of the distinct tokens, where the architecture is known well enough to tell."""

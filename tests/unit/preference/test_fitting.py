@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 
 from alignment.preference import fitting, steps
-from alignment.preference.division import Division
+from alignment.preference.division import Division, write_division
 from alignment.preference.fitting import filling
 from alignment.run.guards import OutOfMemory
 from scripts.dpo_config import DPOConfig
@@ -321,7 +321,7 @@ def test_out_of_memory_of_several_processes_says_that_the_next_start_takes_half_
 
 def test_padded_rows_divided_by_tokens_are_advised_half_of_them_padding_included(build):
     trainer = build(pair_layout="padded", max_tokens_per_micro_batch=1000, gradient_checkpointing=False, bf16=True)
-    fitting.write_division(Path(trainer.args.output_dir, "_run"), Division(200, 0))  # an earlier start's: a number beats it
+    write_division(Path(trainer.args.output_dir, "_run"), Division(200, 0))  # an earlier start's: a number beats it
     told = out_of_memory_of(trainer)
     tokens = int(re.search(r"\((\d+) if padded\)", told)[1])
     assert f"max_tokens_per_micro_batch: {max(tokens // 2, 2 * (9 + 60))}" in told

@@ -108,6 +108,37 @@ def test_a_micro_batch_that_does_not_fit_is_halved_and_the_step_begins_again(bui
         assert {name: record[name] for name in FIGURES} == pytest.approx({name: other[name] for name in FIGURES}, rel=1e-5)
 
 
+def test_a_resumed_run_goes_on_with_what_a_halving_left(build, monkeypatch, tmp_path):
+    monkeypatch.setattr(sft_trainer, "is_gpu", lambda device: True)
+    first = build(save_strategy="steps", save_steps=1, max_steps=1)
+    first.max_tokens = 45
+    first.train()
+    again = build(max_steps=2)
+    assert again.max_tokens == 60
+    again.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-1"))
+    assert again.max_tokens == 45
+
+
+def test_of_several_processes_the_next_start_takes_half_and_the_message_says_so(build, monkeypatch):
+    monkeypatch.setattr(sft_trainer, "is_gpu", lambda device: True)
+    trainer = build(gradient_checkpointing=True)
+    plain = trainer.halve
+
+    def halve() -> bool:
+        with monkeypatch.context() as patch:
+            patch.setattr(type(trainer.args), "world_size", 2)
+            return plain()
+
+    def short_of_memory(*args, **kwargs):
+        raise torch.OutOfMemoryError
+
+    trainer.halve, trainer.compute_loss = halve, short_of_memory
+    with pytest.raises(OutOfMemory, match="The next start takes micro-batches of at most 30 tokens, and goes on") as stopped:
+        trainer.train()
+    assert "max_tokens_per_micro_batch" not in str(stopped.value)
+    assert build().max_tokens == 30
+
+
 def test_a_budget_that_the_recipe_names_is_not_halved_but_told(build, monkeypatch):
     def short_of_memory(*args, **kwargs):
         raise torch.OutOfMemoryError
