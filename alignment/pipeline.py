@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerState, Trainin
 
 from .data.splits import DataKind, fingerprint, ready_tokenizer, tokenized_splits
 from .errors import Problem, TrainingStopped, UserError
-from .launch.launch import check_launch, outwait_compilers
+from .launch.launch import check_launch, leave_launch, outwait_compilers
 from .launch.strategy import layout, take_strategy
 from .launch.turns import decided_by_main
 from .leaving import before_rounding, describe_files, save, settle_end
@@ -78,7 +78,7 @@ def main(method: Method, argv: Sequence[str] | None = None) -> None:
     outlast_readers()
     try:
         run(method, argv)
-        PartialState().destroy_process_group()  # gloo's threads can abort a process that ends with them running
+        leave_launch()
     except UserError as error:
         sys.exit(report(error, status=2))
     except KeyboardInterrupt:  # before the run listens to signals

@@ -10,7 +10,7 @@ import huggingface_hub.constants
 import transformers
 from accelerate import PartialState
 
-from alignment.launch.launch import start_process_group
+from alignment.launch.launch import leave_launch, start_process_group
 from alignment.recipe.parser import H4ArgumentParser
 from alignment.run.failures import told
 from alignment.run.output import log_to_stdout, outlast_readers
@@ -32,7 +32,7 @@ def run_command(kinds: Sequence[type], work: Callable[..., None], argv: Sequence
         for notice in parser.notices:
             logging.getLogger(__name__).info(notice)
         work(*settings)
-        PartialState().destroy_process_group()
+    leave_launch()
 
 
 def start_processes(*, use_cpu: bool) -> None:

@@ -4,8 +4,11 @@ accelerate replaces what it cannot do without a word: FSDP on a CPU becomes DDP,
 however many were asked for. A run that would not be what it was asked to be stops here.
 """
 
+import atexit
 import json
 import logging
+import os
+import sys
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -14,6 +17,7 @@ from pathlib import Path
 
 import psutil
 import torch.distributed
+from accelerate import PartialState
 from accelerate.commands.config.config_args import default_config_file, load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import DistributedType
@@ -46,6 +50,21 @@ def start_process_group(timeout: float, environment: Mapping[str, str], *, use_c
     on_cpu = use_cpu or is_true("ACCELERATE_USE_CPU", environment)
     if on_cpu and "LOCAL_RANK" in environment and not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=timeout))
+
+
+def leave_launch() -> None:
+    """The end of a process that did what it was to do; returns only where it is the only one.
+
+    Python would take gloo's threads down with it, which now and then abort the process, and with it a launch that succeeded.
+    """
+    state = PartialState()
+    state.destroy_process_group()
+    if state.num_processes == 1:
+        return
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def check_launch(args: TrainingArguments, environment: Mapping[str, str]) -> None:
