@@ -282,6 +282,7 @@ def readers(layout: SharedPrompt) -> Tensor:
     return torch.stack([owner, reads, shift + torch.arange(len(shift), dtype=torch.int32)])
 
 
+@torch.compiler.disable  # as by_segment: compiled layers would be compiled anew for every batch
 def block_mask(layout: SharedPrompt, window: int | None, device: torch.device) -> BlockMask:
     """The whole row's mask for flex_attention, in blocks."""
     tokens = sum(s.length for s in layout.segments)

@@ -22,6 +22,7 @@ from transformers import (
     BloomConfig,
     DogeConfig,
     FalconConfig,
+    Gemma2Config,
     GptOssConfig,
     Llama4TextConfig,
     LlamaForCausalLM,
@@ -666,6 +667,33 @@ def test_flex_attention_keeps_few_graphs_whatever_the_lengths_and_windows(monkey
     assert counted[-1] <= 6, counted  # with a window and without one alike
     assert counted[7:] == counted[-1:] * 5, counted
     assert torch._dynamo.config.recompile_limit >= shared_prompt.FLEX_GRAPHS
+
+
+def test_compiled_layers_keep_few_graphs_with_flex_attention_too(monkeypatch):
+    """Both windows of Gemma-2, without a gradient."""
+
+    def traced(query: Tensor, key: Tensor, value: Tensor, training: bool, **options: Any) -> Tensor:
+        return flex_attention.flex_attention(query, key, value, **options)
+
+    monkeypatch.setattr(transformers_flex, "compile_friendly_flex_attention", traced)
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", shared_prompt.FLEX_GRAPHS)
+    config = Gemma2Config(**SIZES | {"head_dim": 16, "num_hidden_layers": 2, "sliding_window": 16})
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="flex_attention").eval()
+    use_shared_prompts(model)
+    torch.compiler.reset()
+    graphs = CompileCounterWithBackend("eager")
+    for layer in model.model.layers:
+        layer.compile(backend=graphs, dynamic=True)
+    counted = []
+    for number in range(6):
+        layout = shared_prompt_layout([(20 + 30 * number, 13 + 9 * number, 12), (7, 31 + number, 9)])
+        ids = torch.randint(VOCABULARY, (1, sum(s.length for s in layout.segments)))
+        mask = torch.zeros(1, 1, 1, 1, dtype=torch.bool)  # as the collator has it
+        with torch.no_grad():
+            model(input_ids=ids, attention_mask=mask, shared_prompt=layout, use_cache=False)
+        counted.append(graphs.frame_count)
+    assert counted[0] > 0
+    assert counted[3:] == [counted[2]] * 3, counted
 
 
 @pytest.mark.parametrize(
