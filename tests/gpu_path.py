@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import combinations, product
 from typing import Any
 from unittest import mock
 
@@ -24,13 +25,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, TrainerCallback, TrainingArguments
 
 from alignment.model import head, shared_prompt
-from alignment.model.head import add_lm_head
-from alignment.model.loading import disable_dropout
-from alignment.model.shared_prompt import PROVEN, SharedPrompt, use_shared_prompts
+from alignment.model.shared_prompt import PROVEN, SharedPrompt
 from alignment.preference import collate
 from alignment.preference.collate import PackedCollator, PaddedCollator, on_device
+from alignment.preference.configs import PairConfig
 from alignment.preference.reference import COLUMNS, TRAIN, ScoredFirst, StepZero
-from alignment.preference.trainer import FORWARD_COLUMNS
 from tests.builders import bpe_tokenizer, token_rows
 from tests.fakegpu import kernels
 from tests.fakegpu.device import GPU, moved, on_the_host
@@ -44,27 +43,34 @@ SIZES = {
     "head_dim": 16, "max_position_embeddings": 1024, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None,
 }  # fmt: skip
 PAIRS = [(50, 30, 90), (20, 120, 40)]
+LOGGED = 3  # every so many steps
+OBJECTIVES: dict[str, tuple[str, dict[str, Any]]] = {
+    "simpo": ("simpo", {}),
+    "simpo with SFT": ("simpo", {"sft_weight": 0.1}),
+    "dpo": ("dpo", {}),
+    "ipo": ("dpo", {"loss_type": "ipo"}),
+    "orpo": ("orpo", {}),
+}
 
 
 @dataclass(frozen=True)
 class Case:
-    """A micro-batch of a model: forward and backward, every layer computed again."""
+    """A micro-batch of a model: forward, the loss and backward, every layer computed again."""
 
     kind: str
     attention: str = "sdpa"
     precision: str = "autocast"
-    layout: str = "packed"
+    layout: str = "auto"  # pair_layout: packed rows, and for eager attention flex_attention's kernel
     head: str = "matrix"  # or adapter
+    method: str = "simpo"
     layers: int = 2
     settings: tuple[tuple[str, Any], ...] = ()
 
     def __str__(self) -> str:
-        return f"{self.kind} {self.attention} {self.precision} {self.layout} {self.head} {self.layers}"
+        return f"{self.kind} {self.attention} {self.precision} {self.layout} {self.head} {self.method} {self.layers}"
 
 
 # ---- Cases ----
-
-# Six of each kind, in which every two of attention, precision, layout and head meet.
 
 
 def precision_for(settings: dict[str, Any]) -> str:
@@ -72,19 +78,37 @@ def precision_for(settings: dict[str, Any]) -> str:
     return "bfloat16" if any("expert" in name for name in settings) else "autocast"
 
 
-# Of attention, layout and head the first or the second: three of the eight for a precision each, with their opposites.
-SDPA, EAGER = ("sdpa", "eager"), ("eager", "eager")  # transformers has no sdpa for Gemma-2
-OPTIONS = (("packed", "padded"), ("matrix", "adapter"))
+AXES = {
+    "attention": ("sdpa", "eager", "flash_attention_2", "flex_attention"),
+    "precision": ("float32", "autocast", "bfloat16"),
+    "layout": ("auto", "packed", "padded"),
+    "head": ("matrix", "adapter"),
+    "method": tuple(OBJECTIVES),
+}
 WINDOW = (("sliding_window", 64),)
+KINDS = {"llama": (), "mistral": WINDOW, "qwen3": (), "gemma2": WINDOW}
+
+
+def can_meet(kind: str, attention: str, precision: str) -> bool:
+    """transformers has no sdpa for Gemma-2, flash-attn no float32."""
+    return (kind, attention) != ("gemma2", "sdpa") and (attention, precision) != ("flash_attention_2", "float32")
+
+
+def all_pairs(options: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """Few of the options, in which any two values meet that meet in one of them: each time the one with most new pairs."""
+    pairs = {option: set(combinations(enumerate(option), 2)) for option in options}
+    missing, chosen = set().union(*pairs.values()), []
+    while missing:
+        chosen.append(max(options, key=lambda option: len(pairs[option] & missing)))
+        missing -= pairs[chosen[-1]]
+    return chosen
+
+
 PAIRWISE = [
-    Case(kind, attention[a ^ other], precision, OPTIONS[0][b ^ other], OPTIONS[1][c ^ other], settings=settings)
-    for kind, attention, settings in (
-        ("llama", SDPA, ()), ("mistral", SDPA, WINDOW), ("qwen3", SDPA, ()), ("gemma2", EAGER, WINDOW),
-    )
-    for precision, a, b, c in (("float32", 0, 0, 0), ("autocast", 0, 0, 1), ("bfloat16", 0, 1, 0))
-    for other in (0, 1)
-]  # fmt: skip
-FLASH = [Case(kind, "flash_attention_2", "bfloat16") for kind in ("llama", "mistral", "gemma2")]
+    Case(kind, *option, settings=settings)
+    for kind, settings in KINDS.items()
+    for option in all_pairs([values for values in product(*AXES.values()) if can_meet(kind, *values[:2])])
+]
 ARCHITECTURES = [
     Case(kind, own.pop("attn_implementation", "sdpa"), precision_for(own), settings=tuple(own.items()))
     for kind, own in ((kind, {**OWN.get(kind, {}), "head_dim": 16}) for kind in sorted(PROVEN))
@@ -95,7 +119,7 @@ LAUNCHES = {
     Case("llama", "sdpa", "bfloat16", "padded"): 205,  # 199
     Case("llama", "sdpa", "autocast"): 207,  # 201
     Case("gemma2", "eager", "bfloat16"): 237,  # 230
-    Case("gemma2", "eager", "bfloat16", "eager kept"): 555,  # 539
+    Case("gemma2", "eager", "bfloat16", "packed"): 555,  # 539
     Case("gemma2", "eager", "bfloat16", "padded"): 276,  # 268
 }
 
@@ -113,32 +137,46 @@ def plain_model(case: Case) -> PreTrainedModel:
 
 def model_of(case: Case) -> nn.Module:
     model = plain_model(case)
-    disable_dropout(model)
-    add_lm_head(model)
-    if case.layout != "padded":
-        use_shared_prompts(model, keeps_eager=case.layout == "eager kept")
     if case.head == "adapter":
         model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "lm_head"]))
         model.enable_input_require_grads()
-    model.train().gradient_checkpointing_enable({"use_reentrant": False})
     return model
 
 
 def micro_batch(case: Case) -> Watch:
-    """Forward and backward from a batch in host memory; raises where a GPU would."""
-    with gpu() as device:
+    """Forward, loss and backward from a batch in host memory, by the method's trainer; raises where a GPU would."""
+    method, options = OBJECTIVES[case.method]
+    with tempfile.TemporaryDirectory() as folder, gpu() as device:
+        args = arguments(method, folder, pair_layout=case.layout, **options)
         model = moved(on_the_host(model_of)(case), device)
-        collator = PaddedCollator(0) if case.layout == "padded" else PackedCollator()
-        rows = on_the_host(collator)(token_rows(PAIRS))
-        with Watch(selected=len(rows["scored"])) as watch:
-            batch = on_device(rows, device)
-            with torch.autocast(GPU, torch.bfloat16, enabled=case.precision == "autocast"):
-                inputs = {key: batch[key] for key in FORWARD_COLUMNS if key in batch}
-                logps = model(**inputs, use_cache=False, fused_lm_head=True).log_probs
-            assert logps.dtype == torch.float32
-            logps.sum().backward()
+        with trainer_on(device):
+            trainer = METHODS[method].trainer(model, args, rows_of(PAIRS), processing_class=bpe_tokenizer())
+            trainer.begin()
+            trainer.reference_table(trainer.train_dataset)  # goes there once a run
+            trainer.accelerator.gradient_state._set_sync_gradients(False)  # not a step's last: that one is asked once
+            model.train().gradient_checkpointing_enable({"use_reentrant": False})
+            rows = on_the_host(trainer.data_collator)(list(trainer.train_dataset))
+            with Watch(selected=len(rows["scored"])) as watch:
+                batch = on_device(rows, device)
+                with torch.autocast(GPU, torch.bfloat16, enabled=case.precision == "autocast"):
+                    loss = trainer.compute_loss(model, batch)
+                assert loss.dtype == torch.float32
+                loss.backward()
         check_gradients(model)
     return watch
+
+
+def arguments(method: str, folder: str, **options: Any) -> PairConfig:
+    """Before the device is another."""
+    return METHODS[method].config(
+        output_dir=folder, report_to="none", gradient_checkpointing=True, max_length=512, max_prompt_length=256,
+        per_device_train_batch_size=2, gradient_accumulation_steps=4, max_steps=2 * LOGGED, logging_steps=LOGGED,
+        save_strategy="no", train_sampling_strategy="sequential", disable_tqdm=True, **options,
+    )  # fmt: skip
+
+
+def rows_of(pairs: list[tuple[int, int, int]]) -> Dataset:
+    return Dataset.from_list(token_rows(pairs))
 
 
 def check_gradients(model: nn.Module) -> None:
@@ -169,7 +207,6 @@ STEPS = {
     "dpo by tokens": ("dpo", {"max_tokens_per_micro_batch": 400}),
     "orpo by tokens": ("orpo", {"max_tokens_per_micro_batch": 400}),
 }
-LOGGED = 3  # every so many steps
 
 
 class WaitsOfSteps(TrainerCallback):
@@ -193,18 +230,13 @@ class WaitsOfSteps(TrainerCallback):
 
 
 def steps(method: str, options: dict[str, Any]) -> dict[str, Any]:
-    rows = Dataset.from_list(token_rows([(50, 30, 90), (20, 120, 40), (10, 70, 70), (60, 40, 50)] * 16))
-    tokenizer = bpe_tokenizer()
+    pairs = [(50, 30, 90), (20, 120, 40), (10, 70, 70), (60, 40, 50)] * 16
     with tempfile.TemporaryDirectory() as folder, gpu() as device:
-        args = METHODS[method].config(
-            output_dir=folder, report_to="none", gradient_checkpointing=True, max_length=512, max_prompt_length=256,
-            per_device_train_batch_size=2, gradient_accumulation_steps=4, max_steps=2 * LOGGED, logging_steps=LOGGED,
-            save_strategy="no", train_sampling_strategy="sequential", disable_tqdm=True, **options,
-        )  # fmt: skip
+        args = arguments(method, folder, **options)
         model = moved(on_the_host(plain_model)(Case("llama", precision="bfloat16")), device)
         with trainer_on(device), Watch() as watch:
             counted = WaitsOfSteps(watch)
-            METHODS[method].trainer(model, args, rows, processing_class=tokenizer, callbacks=[counted]).train()
+            METHODS[method].trainer(model, args, rows_of(pairs), processing_class=bpe_tokenizer(), callbacks=[counted]).train()
     return {"steps": counted.steps, "logs": counted.logs}
 
 
@@ -226,7 +258,7 @@ def trainer_on(device: torch.device) -> Iterator[None]:
         mock.patch.object(torch.accelerator, "is_available", return_value=True),  # so that data loaders pin
         mock.patch.object(ScoredFirst, "begin", on_the_host(score_on_the_host)),
         mock.patch.object(StepZero, "by_index", table_there),
-        mock.patch.object(PreTrainedModel, "to", lambda self, *_, **__: self),  # it is there
+        mock.patch.object(nn.Module, "to", lambda self, *_, **__: self),  # it is there
         mock.patch.object(TrainingArguments, "device", property(lambda self: device)),
         mock.patch.object(PackedCollator, "__call__", on_the_host(PackedCollator.__call__)),
         mock.patch.object(PaddedCollator, "__call__", on_the_host(PaddedCollator.__call__)),
@@ -250,6 +282,10 @@ def float32_queries(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, 
     return query.float(), key, value
 
 
+def table_each_time(trainer: ScoredFirst, rows: Dataset) -> Tensor:
+    return trainer.step_zero[TRAIN].by_index(trainer.args.device)
+
+
 def found_by_mask(values: Tensor, places: Tensor, shape: torch.Size) -> Tensor:
     mask = torch.zeros(shape.numel(), dtype=torch.bool, device=values.device).index_fill(0, places, True)
     spread = values.new_zeros(shape.numel())
@@ -261,6 +297,7 @@ def mutants() -> dict[str, tuple[Any, Case]]:
     """Name -> a patch that breaks the way of a GPU, and a case that has to show it."""
     packed = Case("llama", "sdpa", "bfloat16")
     flash, flex = replace(packed, attention="flash_attention_2"), replace(packed, attention="eager")
+    padded_flex = Case("llama", "flex_attention", "autocast", "padded")
     swapped = partial(untransposed, plain=kernels.checked_varlen)
     return {
         "a layout left on the CPU": (mock.patch.object(SharedPrompt, "to", lambda self, *_, **__: self), packed),
@@ -268,9 +305,13 @@ def mutants() -> dict[str, tuple[Any, Case]]:
         "int64 bounds, flash": (mock.patch.object(collate, "shared_prompt_layout", wide_bounds), flash),
         "untransposed keys": (mock.patch.object(kernels, "checked_varlen", swapped), packed),
         "float32 queries": (mock.patch.object(shared_prompt, "in_autocast_dtype", float32_queries), flex),
+        "what autocast leaves": (mock.patch.object(shared_prompt, "in_autocast_dtype", lambda *heads: heads), padded_flex),
+        "a reference fetched each time": (
+            mock.patch.object(ScoredFirst, "reference_table", table_each_time), replace(packed, method="dpo")
+        ),
         "a boolean mask as an index": (mock.patch.object(head, "spread", found_by_mask), packed),
         "a batch that is waited for": (mock.patch.object(sys.modules[__name__], "on_device", collate.send_to_device), packed),
-    }
+    }  # fmt: skip
 
 
 def broken(name: str) -> dict[str, Any]:
@@ -284,7 +325,7 @@ def broken(name: str) -> dict[str, Any]:
 
 def jobs() -> dict[str, Callable[[], dict[str, Any]]]:
     named: dict[str, Callable[[], dict[str, Any]]] = {}
-    named |= {f"micro-batch: {case}": partial(figures, case) for case in [*PAIRWISE, *FLASH, *ARCHITECTURES]}
+    named |= {f"micro-batch: {case}": partial(figures, case) for case in [*PAIRWISE, *ARCHITECTURES]}
     named |= {f"per layer: {case}": partial(launches_per_layer, case) for case in LAUNCHES}
     named |= {f"steps: {name}": partial(steps, *asked) for name, asked in STEPS.items()}
     return named | {f"mutant: {name}": partial(broken, name) for name in mutants()}

@@ -144,11 +144,13 @@ def is_nowhere(path: str) -> bool:
 
 
 def check_attention(attn_implementation: str | None, *, use_cpu: bool) -> None:
-    """Raises UserError if the attention kernel cannot run here, before anything is loaded."""
+    """Raises UserError if the attention kernel cannot train here, before anything is loaded."""
+    where, on_cpu = f"attn_implementation = {attn_implementation}", use_cpu or not torch.cuda.is_available()
+    if attn_implementation == "flex_attention" and on_cpu:
+        raise UserError(f"{where}: has no backward on a CPU; set attn_implementation: eager, whose arithmetic it has")
     if attn_implementation not in FLASH_PACKAGES:
         return
-    where = f"attn_implementation = {attn_implementation}"
-    if use_cpu or not torch.cuda.is_available():
+    if on_cpu:
         raise UserError(f"{where}: needs a GPU and there is none in use; set attn_implementation: sdpa")
     package = FLASH_PACKAGES[attn_implementation]
     if importlib.util.find_spec(package) is None:

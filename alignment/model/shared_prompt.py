@@ -215,6 +215,13 @@ def in_autocast_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tensors
 
 
+def flex_in_one_type(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """transformers' flex attention of padded rows, which refuses what autocast leaves: float32 beside half precision."""
+    return flex_attention_forward(module, *in_autocast_dtype(query, key, value), *args, **kwargs)
+
+
 def has_flash(device: torch.device) -> bool:
     """Whether varlen attention runs: flash attention does from Ampere on, not on a V100 or T4."""
     return torch.cuda.get_device_capability(device) >= (8, 0)

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from accelerate.utils import DistributedType, gather_object
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import AttentionInterface, Trainer
 from transformers.trainer_utils import TrainOutput
 
 from ..errors import TrainingStopped
 from ..model.config_files import whole_model
-from ..model.shared_prompt import describe_kernel
+from ..model.shared_prompt import describe_kernel, flex_in_one_type
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +50,7 @@ class GuardedSteps(Trainer):
         self.loss_is_whole = False  # the sum of losses goes back to the run's first step, though this attempt does not
         super().__init__(*args, **kwargs)
         keep_off_cudnn_attention()
+        AttentionInterface.register("flex_attention", flex_in_one_type)
 
     # ---- Numbers that are not finite ----
 

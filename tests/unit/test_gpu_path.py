@@ -6,15 +6,16 @@ All of it runs once, in a process of its own (tests/gpu_path.py), because torch 
 import json
 import subprocess
 import sys
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.gpu_path import ARCHITECTURES, FLASH, LAUNCHES, LOGGED, PAIRWISE, STEPS, mutants
+from tests.gpu_path import ARCHITECTURES, AXES, KINDS, LAUNCHES, LOGGED, PAIRWISE, STEPS, mutants
 
 ROOT = Path(__file__).parents[2]
-TIME_LIMIT_S = 400  # it takes 45 s of one core
+TIME_LIMIT_S = 400  # it takes 52 s of one core
 LOG_WAITS = 5  # the loss, the gradient norm, the means, and the speed's copy there and back
 
 
@@ -33,9 +34,28 @@ def figures(seen: dict[str, dict[str, Any]], name: str) -> dict[str, Any]:
     return seen[name]
 
 
-@pytest.mark.parametrize("case", [*PAIRWISE, *FLASH, *ARCHITECTURES], ids=str)
+@pytest.mark.parametrize("case", [*PAIRWISE, *ARCHITECTURES], ids=str)
 def test_a_micro_batch_meets_what_kernels_demand_and_waits_for_nothing(case, seen):
-    assert figures(seen, f"micro-batch: {case}")["waits"] == {}
+    waits = figures(seen, f"micro-batch: {case}")["waits"]
+    if case.layout == "padded" and case.attention.startswith("fl"):  # transformers looks for the padding itself
+        waits = [wait for wait in waits if " at transformers/" not in wait]
+    assert not waits
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_two_settings_of_a_micro_batch_meet(kind):
+    axes = [(name, value) for name, values in AXES.items() for value in values]
+    pairs = {pair for pair in combinations(axes, 2) if pair[0][0] != pair[1][0]}
+    never = {(("attention", "flash_attention_2"), ("precision", "float32"))}
+    if kind == "gemma2":
+        never |= {pair for pair in pairs if ("attention", "sdpa") in pair}
+    met = {
+        pair
+        for case in PAIRWISE
+        if case.kind == kind
+        for pair in combinations([(name, getattr(case, name)) for name in AXES], 2)
+    }
+    assert met == pairs - never
 
 
 @pytest.mark.parametrize("case", LAUNCHES, ids=str)

@@ -185,6 +185,11 @@ def test_flash_attention_on_a_cpu_is_refused_with_what_to_set_instead(kernel):
         check_attention(kernel, use_cpu=True)
 
 
+def test_flex_attention_on_a_cpu_is_refused_because_it_cannot_train_there():
+    with pytest.raises(UserError, match=r"attn_implementation = flex_attention: has no backward on a CPU; set .*: eager"):
+        check_attention("flex_attention", use_cpu=True)
+
+
 @pytest.mark.parametrize("kernel", [None, "sdpa", "eager"])
 def test_the_other_kernels_run_anywhere(kernel):
     check_attention(kernel, use_cpu=True)
