@@ -188,8 +188,11 @@ def test_layers_are_recomputed_where_the_model_is_divided_too(strategy, launched
 @every_strategy
 def test_all_processes_divide_their_steps_as_the_one_with_the_least_room_has_to(strategy, launched, one_process):
     """And the step is the same. DeepSpeed's engine would count a trial as part of a step."""
+    saved = load_file(launched(strategy).folder / "fitted" / "model.safetensors")
+    elements = sum(tensor.numel() for tensor in saved.values())
     for facts in launched(strategy).facts:
         assert facts["fitted"]["division"] == [400, 2]
+        assert facts["fitted"]["parameters"] == elements  # before they are divided among processes
         assert facts["fitted"]["trials"] == (0 if strategy.startswith("zero") else 2)
     gathers = "gathers the weights twice" in launched(strategy).printed
     assert gathers == (strategy in SHARDED)

@@ -194,6 +194,7 @@ def carry_out(job: dict[str, Any]) -> dict[str, Any]:
         "master": master_dtypes(trainer),
         "recomputed": sum(layer.gradient_checkpointing for layer in recomputable_layers(trainer.model)),
         "division": trainer.division,
+        "parameters": trainer.parameters,
     }
 
 

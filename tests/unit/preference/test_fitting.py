@@ -9,6 +9,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from accelerate.utils import DistributedType
+from bitsandbytes.nn import Params4bit
 from datasets import Dataset
 
 from alignment.preference import fitting, steps
@@ -207,6 +209,13 @@ def test_memory_that_a_halving_freed_is_not_filled_with_layers_when_the_run_is_r
     assert trainer.division == Division(LONGEST, 2)
 
 
+@pytest.mark.parametrize("stored", [torch.uint8, torch.bfloat16])
+def test_weights_of_four_bits_are_counted_as_they_were(stored):
+    packed = Params4bit(torch.randn(64, 32), requires_grad=False, quant_storage=stored).to("cpu")
+    assert packed.dtype == stored
+    assert fitting.elements_of(packed) == 64 * 32
+
+
 def test_a_number_in_the_recipe_is_taken_as_it_is(gpu, build):
     plans = gpu(room=1e9)
     trainer = build(max_tokens_per_micro_batch=100, recompute_layers=1)
@@ -281,6 +290,22 @@ def test_a_step_of_several_processes_is_never_begun_again_and_the_next_start_is_
     assert not trainer.halve()
     assert json.loads((tmp_path / "run" / "_run" / "division.json").read_text())["max_tokens"] == 200
     assert steps.DividedSteps.halve is fitting.FittedSteps.halve
+
+
+def test_a_trial_without_room_where_layers_are_gathered_ends_the_run_and_the_next_start_takes_half(gpu, build, monkeypatch):
+    gpu(room=1e9)
+    trainer = build()
+
+    def no_room(division: Division) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    trainer.try_out = no_room
+    with monkeypatch.context() as patch:
+        patch.setattr(type(trainer.args), "world_size", 2)
+        patch.setattr(type(trainer.accelerator), "distributed_type", DistributedType.FSDP)
+        with pytest.raises(torch.OutOfMemoryError):
+            trainer.fits(Division(4 * LONGEST, 0), TwoLayers(None), 1e9)
+    assert build().wish_of_this_start(LONGEST)[0].max_tokens == 2 * LONGEST
 
 
 def out_of_memory_of(trainer: SimPOTrainer) -> str:

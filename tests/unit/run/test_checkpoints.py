@@ -561,12 +561,13 @@ def test_a_fresh_start_sets_aside_what_it_finds_and_deletes_nothing(run, choice)
 
 
 def test_a_fresh_start_sets_aside_the_end_of_the_run_before(run):
-    """An adapter beside a whole model would be loaded on top of it."""
+    """An adapter beside a whole model would be loaded on top of it; micro-batches that had to be halved belong to their run."""
     old = {
         "adapter_model.safetensors": b"old",
         "adapter_config.json": b"{}",
         "eval_results.json": b"{}",
         "_run/status.json": b"{}",
+        "_run/division.json": b"{}",
     }
     write_files(run, {**old, "notes.txt": b"mine", "metrics.jsonl": b"written anew"})
     checkpoint_to_resume(run, "never")
