@@ -15,6 +15,9 @@ from typing import Any, NamedTuple
 import huggingface_hub.constants
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..model.loading import MERGED_FROM
+from ..report.review.reading import read_json, read_yaml
+
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
@@ -230,3 +233,13 @@ def verify(folder: Path) -> Checkpoint:
 def digest_of(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def trained_behind_system_turn(model: str) -> bool:
+    """Whether this run, a checkpoint of one or what was merged of one put an empty system turn in front of conversations.
+
+    Published preprocessing does, where the template knows that role, and the template that such a run saves does not.
+    """
+    keys, merged = read_yaml(Path(model, RECIPE_FILE)), read_json(Path(model, MERGED_FROM))
+    by_recipe = keys.get("preprocessing") == "published" and keys.get("auto_insert_empty_system_msg") is True
+    return by_recipe or merged.get("behind_system_turn", False)

@@ -2,8 +2,8 @@
 
 import pytest
 
+from alignment.run.checkpoints import trained_behind_system_turn
 from alignment.run.records import write_jsonl
-from eval.asking import trained_behind_system_turn
 from tests.integration.conftest import RECIPE
 from tests.workspaces import read_jsonl, recipe_of_run, save_model, save_workspace
 
