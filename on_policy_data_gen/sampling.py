@@ -13,7 +13,7 @@ from alignment.data.splits import templated_tokenizer
 from alignment.errors import UserError
 from alignment.model.endings import end_of_turn
 from alignment.model.loading import weights_source
-from alignment.run.checkpoints import trained_behind_system_turn
+from alignment.run.checkpoints import training_of
 
 from .configs import PolicyArguments
 
@@ -82,7 +82,7 @@ def stop_ids(args: PolicyArguments, tokenizer: PreTrainedTokenizerBase) -> list[
 
 def adds_system_turn(args: PolicyArguments) -> bool:
     """Whether the policy is asked behind an empty system turn, as it was trained."""
-    return args.chat_template is None and trained_behind_system_turn(args.model)
+    return args.chat_template is None and training_of(args.model).behind_system_turn
 
 
 def make_requests(
