@@ -171,7 +171,11 @@ class Reader:
         except Mismatch as mismatch:
             self.complain(key, f"{name!r}: expected {mismatch}")
             return otherwise
-        found = next((place for place in (self.path.parent / path, path) if place.is_file()), None)
+        try:
+            found = next((place for place in (self.path.parent / path, path) if place.is_file()), None)
+        except OSError as error:  # a name longer than any, or a folder that may not be entered
+            self.complain(key, f"{str(name)!r}: cannot be looked for ({error.strerror})")
+            return otherwise
         if found is None:
             self.complain(key, f"{str(name)!r}: no such file, neither from {self.path.parent} nor from here")
         return found or otherwise
@@ -240,7 +244,7 @@ class Reader:
         on, gpus, hours = entry.get("on", "local"), entry.get("gpus_per_node"), entry.get("hours", Launch.hours)
         if on not in PLACES:
             self.complain("launch", f"on = {on!r}: must be one of {', '.join(PLACES)}")
-        if not (gpus is None or (isinstance(gpus, int) and gpus >= 0)):
+        if not (gpus is None or (isinstance(gpus, int) and not isinstance(gpus, bool) and gpus >= 0)):
             self.complain("launch", f"gpus_per_node = {gpus!r}: must be a number of GPUs; 0 for one process on the CPU")
             gpus = None
         if isinstance(hours, bool) or not isinstance(hours, int | float) or not 0 < hours < math.inf:

@@ -87,7 +87,7 @@ def is_held(cell: Cell) -> bool:
 
 def share_done(cell: Cell) -> float:
     """How much of its training a run has behind it, between 0 and 1, as its log tells."""
-    with suppress(FileNotFoundError, ValueError, IndexError, KeyError, yaml.YAMLError):  # not yet, or half a line
+    with suppress(FileNotFoundError, ValueError, IndexError, KeyError, TypeError, yaml.YAMLError):  # not yet, or half of it
         recipe = yaml.safe_load((cell.run / "recipe.yaml").read_text(encoding="utf-8"))
         record = json.loads((cell.run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
         share = (

@@ -1,6 +1,5 @@
 """What finished cells show, read through the review: figures for the decisions, and which runs are not stable."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -10,7 +9,8 @@ from scipy.stats import norm
 from ..report.review.comparison import compare_cells, match
 from ..report.review.conventions import DELTA, LEVEL
 from ..report.review.logs import TRAIN
-from ..report.review.reading import Reading, read_any_run
+from ..report.review.pairs import is_number
+from ..report.review.reading import Reading, read_any_run, read_json
 from ..report.review.signals import Signals
 from ..report.review.statistics import Estimate
 from ..report.review.verdict import COLLAPSING, Verdict, verdict_of
@@ -58,8 +58,8 @@ class Result:
 def read_result(cell: Cell) -> Result:
     reading = read_any_run(cell.run, cell.name)
     signals = reading.signals()
-    evaluated = json.loads((cell.run / "eval_results.json").read_text(encoding="utf-8"))
-    return Result(cell, reading, signals, verdict_of(signals), evaluated.get("eval_loss"))
+    loss = read_json(cell.run / "eval_results.json").get("eval_loss")
+    return Result(cell, reading, signals, verdict_of(signals), loss if is_number(loss) else None)
 
 
 # ---- Stability ----

@@ -18,6 +18,8 @@ SAME_LENGTH = 0.1  # |log(chosen / rejected tokens)| up to which two responses a
 FEWEST_MATCHED = 20  # pairs on the thinner sides of all bins together
 POWER_FACTOR = 7.85  # (z of 97.5 % + z of 80 %) squared: 80 % power at 95 %
 TRAINING_SATURATED = 0.99  # late training accuracy of a bare log
+# Of float32, which what was logged was computed in; squares and sums of anything up to it are no trouble in float64.
+LARGEST = 3.4e38
 
 
 def accuracy_shift(delta: float, spread: float) -> float:

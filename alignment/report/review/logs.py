@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...errors import UserError
+from .conventions import LARGEST
 
 MARGIN, ACCURACY, CHOSEN, REJECTED = "rewards/margins", "rewards/accuracies", "rewards/chosen", "rewards/rejected"
 # Spellings, with / - and blanks as _. The first is also known behind the name of one of several held-out sets.
@@ -47,7 +48,7 @@ class Log(NamedTuple):
 
     records: tuple[LogRecord, ...]
     malformed: int = 0  # lines that are no record
-    not_finite: int = 0  # values that are NaN or infinite, left out
+    not_finite: int = 0  # values that are NaN, infinite or more than a float32 holds, left out
 
     def series(self, split: str, metric: str) -> list[tuple[float, float]]:
         """(step, value) of every record that has the metric; its place among them, where steps were not logged.
@@ -170,7 +171,8 @@ def record_of(line: str) -> Any:
 def log_of(records: Iterable[dict[str, Any]], unprefixed: str = TRAIN) -> Log:
     found, not_finite = [], 0
     for record in records:
-        step = next((number for key in STEPS if (number := number_in(record.get(key))) is not None), None)
+        numbers = (number_in(record.get(key)) for key in STEPS)
+        step = next((number for number in numbers if number is not None and abs(number) <= LARGEST), None)
         splits: dict[str, dict[str, float]] = {}
         for key, value in record.items():
             if key == "train_loss" and "train_runtime" in record:  # the Trainer's last record: a mean over all steps
@@ -179,7 +181,7 @@ def log_of(records: Iterable[dict[str, Any]], unprefixed: str = TRAIN) -> Log:
             number = number_in(value)
             if metric is None or number is None:
                 continue
-            if not math.isfinite(number):
+            if not abs(number) <= LARGEST:  # NaN is neither above nor below
                 not_finite += 1
                 continue
             splits.setdefault(split, {})[metric] = number

@@ -1,6 +1,5 @@
 """The same pairs before the first step and behind the last one, as columns."""
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -8,10 +7,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ...errors import UserError
+from .conventions import LARGEST
 
 IDENTITY = ("prompt_sha256", "chosen_sha256", "rejected_sha256")
 SCORES = ("chosen_mean_logp", "rejected_mean_logp", "chosen_reward", "rejected_reward")
-NEEDED = ("step", "index", "chosen_tokens", "rejected_tokens", *SCORES)
+TOKENS = ("chosen_tokens", "rejected_tokens")
+NEEDED = ("step", "index", *TOKENS, *SCORES)
 Row = dict[str, Any]
 
 
@@ -76,31 +77,41 @@ class Pairs:
 
 
 def is_number(value: Any) -> bool:
-    """A finite one, that a float can hold."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    """A finite one, that a float32 can hold."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST
 
 
 def whole_rows(rows: Sequence[Row], where: str) -> list[Row]:
-    """Those with a finite number in every column that a review needs. Raises UserError where none of them has."""
-    whole = [row for row in rows if all(is_number(row.get(name)) for name in NEEDED)]
+    """Those with a finite number in every column that a review needs, and a token at least in either response.
+
+    Raises UserError where there are rows, and none of them is whole.
+    """
+    whole = [row for row in rows if all(holds(row, name) for name in NEEDED)]
     if rows and not whole:
-        missing = sorted({name for row in rows for name in NEEDED if not is_number(row.get(name))})
+        missing = sorted({name for row in rows for name in NEEDED if not holds(row, name)})
         raise UserError(f"{where}: rows lack {', '.join(missing)}; a review reads them as a run of this suite writes them")
     return whole
 
 
-def pairs_of(rows: Sequence[Row]) -> Pairs | None:
-    """The whole rows of an eval_pairs.jsonl or probe_pairs.jsonl, matched by index; None where there are none of a last step.
+def holds(row: Row, name: str) -> bool:
+    return is_number(row.get(name)) and (name not in TOKENS or row[name] >= 1)
 
-    A pair that one of the two looks lacks is left out.
+
+def last_step_of(rows: Sequence[Row]) -> float:
+    """Also of damaged rows: a run whose last look went wrong is not judged by the one before it. 0 without any."""
+    return max((row["step"] for row in rows if is_number(row.get("step"))), default=0)
+
+
+def pairs_of(rows: Sequence[Row], last_step: float | None = None) -> Pairs | None:
+    """The whole rows of an eval_pairs.jsonl or probe_pairs.jsonl, matched by index; None where there are none of last_step.
+
+    A pair that one of the two looks lacks is left out. last_step: by default the last of these rows.
     """
-    steps = sorted({row["step"] for row in rows})
-    if not steps:
-        return None
-    last = {row["index"]: row for row in rows if row["step"] == steps[-1]}
-    first = {row["index"]: row for row in rows if row["step"] == 0} if steps[0] == 0 and steps[-1] > 0 else {}
+    last_step = last_step_of(rows) if last_step is None else last_step
+    last = {row["index"]: row for row in rows if row["step"] == last_step}
+    first = {row["index"]: row for row in rows if row["step"] == 0}
     shared = [index for index in last if index in first] if first else list(last)
-    if not shared or steps[-1] == 0:
+    if not shared or last_step <= 0:
         return None
     after, before = [last[index] for index in shared], [first[index] for index in shared] if first else None
     is_known = all(isinstance(row.get(name), str) for row in after for name in IDENTITY)
@@ -112,7 +123,7 @@ def pairs_of(rows: Sequence[Row]) -> Pairs | None:
         rejected_tokens=column(after, "rejected_tokens"),
         after=scores_of(after),
         before=scores_of(before) if before else None,
-        last_step=steps[-1],
+        last_step=last_step,
         truncated=np.array([bool(row.get("chosen_truncated") or row.get("rejected_truncated")) for row in after]),
         has_reference="reference_chosen_logp" in after[0],
         keys=tuple("|".join(row[name] for name in IDENTITY) for row in after) if is_known else None,

@@ -10,7 +10,7 @@ import yaml
 
 from ...errors import UserError
 from .logs import Log, LogSignals, log_signals, raw_records, read_log, read_preferences, text_of
-from .pairs import Pairs, is_number, pairs_of, whole_rows
+from .pairs import Pairs, is_number, last_step_of, pairs_of, whole_rows
 from .signals import Replies, Signals, replies_of, signals_of
 
 HELD_OUT_FILE, PROBE_FILE, SAMPLES_FILE = "eval_pairs.jsonl", "probe_pairs.jsonl", "samples.jsonl"
@@ -62,7 +62,7 @@ class Reading:
     def cell(self) -> str | None:
         """Equal for runs of one recipe but for the seed; None without a recipe."""
         kept = {key: value for key, value in self.recipe.items() if key not in NOT_OF_A_CELL}
-        return json.dumps([self.objective, kept], sort_keys=True, default=str) if kept else None
+        return yaml.safe_dump([self.objective, kept]) if kept else None  # in the order of its keys, whatever they are
 
     def log_signals(self) -> LogSignals | None:
         if self.log is None and self.held_out_log is None:
@@ -119,7 +119,8 @@ def read_any_run(path: Path, name: str | None = None, eval_log: Path | None = No
     notes: list[str] = []
     held_out, probe = (read_pairs(path / file, notes) for file in (HELD_OUT_FILE, PROBE_FILE))
     if log_path is None and held_out is None:
-        raise UserError(f"{path}: no run was logged here: neither {', '.join(LOGS)} nor {HELD_OUT_FILE}")
+        found = "".join(f" ({note})" for note in notes)
+        raise UserError(f"{path}: no run was logged here: neither {', '.join(LOGS)} nor pairs in {HELD_OUT_FILE}{found}")
     recipe, environment = read_yaml(path / "recipe.yaml"), read_json(path / "environment.json")
     status = read_json(path / "_run" / "status.json").get("state", "finished")
     if status != "finished":
@@ -152,11 +153,13 @@ def read_pairs(path: Path, notes: list[str]) -> Pairs | None:
     rows, malformed = raw_records(text_of(path))
     whole = whole_rows(rows, str(path))
     malformed += len(rows) - len(whole)
-    pairs = pairs_of(whole)
+    last_step = last_step_of(rows)
+    pairs = pairs_of(whole, last_step)
     if malformed:
         notes.append(f"{path.name}: {malformed} malformed lines left out")
     if pairs is None:
-        notes.append(f"{path.name}: no pair was scored after the last step")
+        which = f"no whole pair of step {last_step:g}, the last" if last_step > 0 else "no pair was scored after the last step"
+        notes.append(f"{path.name}: {which}")
     return pairs
 
 

@@ -234,6 +234,18 @@ def test_runs_without_pairs_are_shown_and_not_compared(course, tmp_path):
     assert "| simpo-s42 | finished; no pairs |" in page(tmp_path)
 
 
+@pytest.mark.parametrize("text", [None, '{"eval_loss": "nan"}', '{"eval_loss": NaN}', "{}"])
+def test_a_held_out_loss_that_is_none_is_shown_as_none(text, course, tmp_path):
+    def without(cell: Cell) -> None:
+        finish(cell)
+        path = cell.run / "eval_results.json"
+        path.unlink() if text is None else path.write_text(text)
+
+    course.becomes = {"simpo-s42": without}
+    run(write_matrix(tmp_path, axes=FEW))
+    assert any(line.startswith("| simpo-s42 |") and line.endswith("| - |") for line in page(tmp_path).splitlines())
+
+
 def test_a_check_starts_and_writes_nothing(course, tmp_path, capsys):
     assert run(write_matrix(tmp_path), check=True) is False
     assert course.ran == []
@@ -300,6 +312,7 @@ def test_a_cells_state_is_what_its_folder_says(tmp_path):
         ("max_steps: -1\nnum_train_epochs: 4", {"step": 2, "epoch": 1.0}, 0.25),
         ("max_steps: -1\nnum_train_epochs: 1", {"step": 2, "epoch": 1.2}, 1.0),
         ("max_steps: -1\nnum_train_epochs: 1", {}, 0.0),
+        ("", {"step": 2, "epoch": 0.1}, 0.0),
     ],
 )
 def test_a_runs_share_is_read_off_its_log(recipe, record, share, tmp_path):

@@ -110,6 +110,15 @@ def test_hours_that_are_none_are_refused(hours, tmp_path):
         read_matrix(write_matrix(tmp_path, launch={"hours": hours}))
 
 
+def test_truth_is_no_number_of_gpus(tmp_path):
+    with pytest.raises(UserError, match="gpus_per_node = True: must be a number of GPUs"):
+        read_matrix(write_matrix(tmp_path, launch={"gpus_per_node": True}))
+
+
+def test_a_name_that_no_file_can_have_is_a_complaint(tmp_path):
+    assert any("cannot be looked for (File name too long)" in line for line in complaints(tmp_path, base="x" * 300))
+
+
 def test_a_number_that_yaml_reads_otherwise_than_its_writer_is_refused(tmp_path):
     path = Path(write_matrix(tmp_path, axes=None, method="simpo"))
     path.write_text(path.read_text() + "axes: {rank: {r8: {lora_r: 010}, r4: {lora_r: 4}}}\n")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from alignment.errors import UserError
 from alignment.report.review.reading import names_of, read_run, read_runs
@@ -91,6 +92,16 @@ def test_runs_of_one_recipe_are_one_cell_whatever_their_seed_and_folder(tmp_path
     assert runs[0].cell == runs[1].cell != runs[2].cell
 
 
+@pytest.mark.parametrize("key", [1, 2.5, True, None])
+def test_a_recipe_whose_keys_are_no_text_has_its_cell_too(key, tmp_path):
+    one, other = (save_run(tmp_path / name, PAIRS) for name in ("one", "other"))
+    for folder, seed in ((one, 1), (other, 2)):
+        recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+        (folder / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "seed": seed, key: {key: 1, "a": 2}}))
+    first, second = read_runs([one, other])
+    assert first.cell == second.cell
+
+
 def test_replies_before_and_after_are_matched_by_their_prompt(run):
     rows = [
         {"step": step, "prompt": f"p{number}", "response": f"{number} " * (step + 1), "tokens": step + 5}
@@ -123,10 +134,24 @@ def test_a_row_without_a_number_where_one_is_needed_costs_that_row(run):
     rows[-2]["rejected_reward"] = float("nan")
     rows[-3]["step"] = "4"
     rows[-4]["index"] = None
+    rows[-5]["rejected_tokens"] = 0
     write_jsonl(path, rows)
     found = read_run(run)
-    assert len(found.held_out) == 56
-    assert found.notes == ("eval_pairs.jsonl: 4 malformed lines left out",)
+    assert len(found.held_out) == 55
+    assert found.notes == ("eval_pairs.jsonl: 5 malformed lines left out",)
+
+
+def test_a_run_whose_last_look_gave_no_numbers_is_not_judged_by_the_one_before_it(run):
+    path = run / "eval_pairs.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    last = [row | {"step": row["step"] + 1, "chosen_mean_logp": float("nan")} for row in rows if row["step"] > 0]
+    write_jsonl(path, [*rows, *last])
+    found = read_run(run)
+    assert found.held_out is None
+    assert found.notes[-1] == f"eval_pairs.jsonl: no whole pair of step {last[0]['step']}, the last"
+    (run / "metrics.jsonl").unlink()
+    with pytest.raises(UserError, match=r"nor pairs in eval_pairs\.jsonl .*no whole pair of step"):
+        read_run(run)
 
 
 @pytest.mark.parametrize("hash_", [None, 3, ["a"], {"a": 1}])
