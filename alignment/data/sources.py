@@ -154,7 +154,7 @@ def split_folder(path: Path) -> list[Path]:
 
 def passed_over(folder: Path, child: Path, used: set[Path]) -> list[str]:
     """Names, seen from a folder, of what is not read in a child of it."""
-    if child in used or is_saved_dataset(child) or child == folder / "data":
+    if child in used or is_saved_dataset(child) or child == folder / "data" or child.name in METADATA_FILES:
         return []
     inside = sorted(child.iterdir()) if split_folder(child) else [child]
     return [str(path.relative_to(folder)) for path in inside if path not in used]

@@ -37,16 +37,16 @@ def find_chat_template(
     if recipe_template in named:
         return named[recipe_template].removeprefix("\ufeff"), f"the tokenizer's {recipe_template}"
     if recipe_template is not None:
-        return read_template(recipe_template), "the recipe"
+        return read_template(recipe_template), "the recipe's"
     if named and "default" not in named:
         raise UserError(
             f"{model_path}: its tokenizer has the chat templates {', '.join(named)}, and none is the default; choose one: "
             f"chat_template: {next(iter(named))}, or one of the shipped {', '.join(shipped_names())}"
         )
     if named:
-        return {name: text.removeprefix("\ufeff") for name, text in named.items()}, "the tokenizer"
+        return {name: text.removeprefix("\ufeff") for name, text in named.items()}, "the tokenizer's"
     if own:
-        return own.removeprefix("\ufeff"), "the tokenizer"
+        return own.removeprefix("\ufeff"), "the tokenizer's"
     return shipped_template("zephyr"), "zephyr (neither recipe nor tokenizer has one)"
 
 

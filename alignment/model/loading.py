@@ -2,6 +2,8 @@
 
 import importlib.util
 import os
+import re
+from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -291,9 +293,10 @@ def unwritten_policy(path: str, *, dtype: str, attn_implementation: str | None =
 def disable_dropout(model: nn.Module) -> list[str]:
     """Set every dropout of the model to 0: modules, and the numbers that attention reads at run time.
 
-    Returns what was on, as `name = rate`, for the log. After LoRA, so that lora_dropout is off too.
+    Returns what was on, for the log: `name = rate`, a * for the number of a layer, and how many such there were. After LoRA,
+    so that lora_dropout is off too.
     """
-    switched_off = {}
+    switched_off: dict[str, float] = {}
     owners = [(name, module) for name, module in model.named_modules()]
     configs = {id(module.config): module.config for _, module in owners if hasattr(module, "config")}
     for name, owner in [*owners, *(("config", config) for config in configs.values())]:
@@ -304,7 +307,8 @@ def disable_dropout(model: nn.Module) -> list[str]:
             if is_dropout_rate(key, value):
                 switched_off[f"{name}.{key}"] = value
                 setattr(owner, key, 0.0)
-    return [f"{name} = {rate}" for name, rate in switched_off.items()]
+    alike = Counter((re.sub(r"\.\d+\.", ".*.", name), rate) for name, rate in switched_off.items())
+    return [f"{name} = {rate}" + f" ({count} of them)" * (count > 1) for (name, rate), count in alike.items()]
 
 
 def is_dropout_rate(key: str, value: Any) -> bool:

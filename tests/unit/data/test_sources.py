@@ -225,6 +225,13 @@ def test_what_is_passed_over_is_said_in_one_line():
     assert str(reports["train"]) == "1 row read; source: passed over ._train.jsonl, notes.txt, pairs.csv, train.jsonl~"
 
 
+def test_what_a_data_set_says_of_itself_is_not_passed_over():
+    Dataset.from_list(pairs(1)).save_to_disk("source/train")
+    Path("source/dataset_dict.json").write_text('{"splits": ["train"]}')
+    _, reports = read({"source": 1.0}, do_eval=False)
+    assert reports["train"].notes == []
+
+
 def test_splits_that_a_recipe_does_not_name_are_said():
     for name in ("train", "gen", "test"):
         write(f"source/{name}.jsonl", pairs(1))

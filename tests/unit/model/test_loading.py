@@ -133,14 +133,14 @@ DROPOUTS = {
     "a number that attention reads": (
         lambda: tiny_model(attention_dropout=0.5),
         2,
-        "self_attn.attention_dropout = 0.5",
+        "model.layers.*.self_attn.attention_dropout = 0.5 (2 of them)",
     ),
     "modules and *_pdrop": (
         lambda: tiny_model("gpt2", resid_pdrop=0.5, embd_pdrop=0.4, attn_pdrop=0.3),
         7,
         "transformer.drop = 0.4",
     ),
-    "LoRA": (lambda: with_lora(tiny_model()), 4, "q_proj.lora_dropout.default = 0.5"),
+    "LoRA, layer by layer alike": (lambda: with_lora(tiny_model()), 2, "q_proj.lora_dropout.default = 0.5 (2 of them)"),
 }
 every_dropout = pytest.mark.parametrize(("build", "count", "line"), DROPOUTS.values(), ids=DROPOUTS)
 
