@@ -11,6 +11,7 @@ import torch
 from huggingface_hub.errors import HTTPError
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from peft import PeftConfig
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -43,7 +44,8 @@ from .tokenizer_files import load_as_written
 MERGED_BASE = "base"  # in the run folder: the model that an SFT adapter was merged into, and that a new adapter belongs to
 MERGED_FROM = "merged_from.json"
 # What reading a model may end in: its files, the Hub, the way to it (a proxy that needs a package, an address that is none).
-HUB_ERRORS = (OSError, ValueError, ImportError, HTTPError)
+HUB_ERRORS = (OSError, ValueError, ImportError, HTTPError, SafetensorError)
+LFS_POINTER = b"version https://git-lfs"
 SHARDED = {"zero3": "ZeRO-3", "fsdp1": "FSDP 1", "fsdp2": "FSDP 2"}  # strategies that divide parameters among processes
 FLASH_PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
 # Files that make a folder a model, also with an adapter beside them.
@@ -233,7 +235,29 @@ def check_model_path(model_args: ModelArguments) -> PreTrainedConfig:
             "model needs `hf auth login`."
         ) from error
     refuse_other_kinds(config, path, trust_remote_code=model_args.trust_remote_code)
+    for folder in dict.fromkeys((path, model_args.model_name_or_path)):
+        refuse_damaged_weights(Path(folder))
     return config
+
+
+def refuse_damaged_weights(folder: Path) -> None:
+    """Raises UserError for a local file of weights whose header does not fit its size: half a download, a pointer of Git LFS.
+
+    Nothing but headers is read.
+    """
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            with file.open("rb") as beginning:
+                is_pointer = beginning.read(len(LFS_POINTER)) == LFS_POINTER
+            way_out = (
+                "a pointer of Git LFS: run `git lfs pull` there"
+                if is_pointer
+                else f"damaged ({reason_of(error)}); copy it again"
+            )
+            raise UserError(f"model_name_or_path = {str(folder)!r}: {file.name} is {way_out}") from error
 
 
 def positions(model_args: ModelArguments) -> int | None:

@@ -293,6 +293,27 @@ def test_the_reason_behind_a_failed_connection_is_told():
     assert reason_of(ValueError("no config\nmore")) == "no config"
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (lambda whole: whole[:1000], "model.safetensors is damaged ("),
+        (lambda whole: whole[:-1], "model.safetensors is damaged ("),
+        (lambda whole: b"", "model.safetensors is damaged ("),
+        (lambda whole: b"version https://git-lfs.github.com/spec/v1\nsize 9\n", "is a pointer of Git LFS: run `git lfs pull`"),
+    ],
+    ids=["its beginning", "a byte less", "empty", "a pointer"],
+)
+def test_weights_that_came_in_part_are_refused_before_any_data_is_read(content, said, tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    check_model_path(ModelArguments(str(tmp_path)))
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(content(weights.read_bytes()))
+    with pytest.raises(UserError) as refusal:
+        check_model_path(ModelArguments(str(tmp_path)))
+    assert str(refusal.value).startswith(f"model_name_or_path = {str(tmp_path)!r}: ")
+    assert said in str(refusal.value)
+
+
 @pytest.mark.parametrize(("key", "words"), [("model_name_or_path", "configuration"), ("tokenizer_name_or_path", "tokenizer")])
 def test_a_folder_that_there_is_not_is_named_by_its_key_and_not_taken_for_the_hubs(key, words, tmp_path):
     tiny_model().save_pretrained(tmp_path / "model")
