@@ -3,22 +3,25 @@
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase
 
-from alignment.data.chat import with_empty_system_turn
 from alignment.data.prompts import Prompt
 from alignment.data.template import Turns
 from alignment.errors import UserError
 from alignment.model.loading import positions
-from alignment.report.review.reading import read_yaml
-from alignment.run.checkpoints import RECIPE_FILE
 from on_policy_data_gen.configs import PolicyArguments
 from on_policy_data_gen.engines import open_engine
 from on_policy_data_gen.responses import sample
-from on_policy_data_gen.sampling import Engine, Request, Sampling, make_requests, policy_tokenizer, sampling_of
+from on_policy_data_gen.sampling import (
+    Engine,
+    Request,
+    Sampling,
+    adds_system_turn,
+    make_requests,
+    policy_tokenizer,
+    sampling_of,
+)
 from on_policy_data_gen.stages import Stage
 
 from .benchmarks import Question
@@ -37,19 +40,10 @@ class Examination:
         self.tokenizer: PreTrainedTokenizerBase = policy_tokenizer(self.policy)
         self.sampling: Sampling = sampling_of(self.policy, self.tokenizer)
         self.window = positions(self.policy.model_arguments())
-        self.adds_system_turn = self.policy.chat_template is None and trained_behind_system_turn(self.policy.model)
+        self.adds_system_turn = adds_system_turn(self.policy)
 
     def temperature(self, question: Question) -> float:
         return float((self.args.category_temperatures or {}).get(question.category, self.sampling.temperature))
-
-
-def trained_behind_system_turn(model: str) -> bool:
-    """Whether this run, or checkpoint of one, put an empty system turn in front where its template knows that role.
-
-    Published preprocessing does, and the template that such a run saves does not.
-    """
-    keys = read_yaml(Path(model, RECIPE_FILE))
-    return keys.get("preprocessing") == "published" and keys.get("auto_insert_empty_system_msg") is True
 
 
 def respond(begun: Stage, exam: Examination) -> None:
@@ -57,7 +51,7 @@ def respond(begun: Stage, exam: Examination) -> None:
     engine: Engine | None = None
     try:
         for turn in range(max(len(question.turns) for question in exam.questions)):
-            said = everyones_texts(begun)
+            said = {key: row["text"] for key, row in begun.everyones().items()}
             for temperature, group in requests_of(turn, exam, said, begun.date).items():
                 missing = sorted((one for one in group if one.id not in said), key=lambda one: -len(one.ids))
                 if not missing:
@@ -71,28 +65,17 @@ def respond(begun: Stage, exam: Examination) -> None:
             engine.close()
 
 
-def everyones_texts(begun: Stage) -> dict[str, str]:
-    """What all processes have kept, the same on each: none goes on before every one has read it."""
-    state = PartialState()
-    state.wait_for_everyone()
-    said = {row["prompt_id"]: row["text"] for row in begun.rows()}
-    state.wait_for_everyone()
-    return said
-
-
 def requests_of(turn: int, exam: Examination, said: dict[str, str], date: str) -> dict[float, list[Request]]:
     """What is asked in a turn, by temperature. said: the responses so far.
 
     Raises UserError if the first turn of a question leaves no room for a response.
     """
     conversations = [(one, turns) for one in exam.questions if (turns := conversation(one, turn, said))]
-    if exam.adds_system_turn:
-        template = exam.tokenizer.get_chat_template()
-        conversations = [(one, with_empty_system_turn(turns, template)) for one, turns in conversations]
     prompts = [Prompt(turn_id(one, turn), turns) for one, turns in conversations]
     requests = make_requests(
-        prompts, exam.tokenizer, max_tokens=exam.sampling.max_tokens, window=exam.window, date=date, quiet=True
-    )
+        prompts, exam.tokenizer, max_tokens=exam.sampling.max_tokens, window=exam.window, date=date,
+        add_system=exam.adds_system_turn, quiet=True,
+    )  # fmt: skip
     if turn == 0:
         refuse_without_room(exam, requests)
     temperatures = {turn_id(one, turn): exam.temperature(one) for one in exam.questions}

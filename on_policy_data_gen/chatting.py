@@ -20,7 +20,7 @@ from .engines import check_engine, open_engine
 from .in_process import TransformersEngine
 from .prompts import read_prompts
 from .responses import sample, stage_settings
-from .sampling import make_requests, policy_tokenizer, sampling_of
+from .sampling import adds_system_turn, make_requests, policy_tokenizer, sampling_of
 from .stages import finish, stage, write_lines
 
 
@@ -62,8 +62,15 @@ def answer_file(policy: PolicyArguments, args: GenerateArguments) -> None:
     with stage(output.parent, output.stem, settings, date=today(), makes=[output]) as begun:
         if begun is None:
             return
-        requests = make_requests(prompts, tokenizer, max_tokens=sampling.max_tokens, window=window, date=begun.date)
-        done = begun.done()
+        requests = make_requests(
+            prompts,
+            tokenizer,
+            max_tokens=sampling.max_tokens,
+            window=window,
+            date=begun.date,
+            add_system=adds_system_turn(policy),
+        )
+        done = begun.everyones()
         missing = [request for request in requests if request.id not in done]
         if missing:
             engine = open_engine(policy, tokenizer, sampling)
@@ -109,8 +116,9 @@ def chat(policy: PolicyArguments, args: GenerateArguments) -> None:
                 continue
             turns.append({"role": "user", "content": said})
             (request,) = make_requests(
-                [prompt_of(turns)], tokenizer, max_tokens=sampling.max_tokens, window=window, date=today(), quiet=True
-            )
+                [prompt_of(turns)], tokenizer, max_tokens=sampling.max_tokens, window=window, date=today(),
+                add_system=adds_system_turn(policy), quiet=True,
+            )  # fmt: skip
             (answer,) = engine.answers([request], args.seed, **options)
             if not streams:
                 print(answer.text, flush=True)

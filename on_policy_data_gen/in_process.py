@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from alignment.data.prompts import row_seed
@@ -33,8 +34,8 @@ class TransformersEngine:
     def answers(self, requests: Sequence[Request], seed: int, **options: Any) -> Iterator[Answer]:
         """The longest prompts first: if memory is short, it shows at once. options: of generate(), such as a streamer."""
         by_length = sorted(requests, key=lambda request: -len(request.ids))
-        for start in range(0, len(by_length), self.batch_size):
-            yield from self.batch(by_length[start : start + self.batch_size], seed, **options)
+        for batch in batches(by_length, self.batch_size, learned_positions(whole_model(self.model))):
+            yield from self.batch(batch, seed, **options)
 
     @torch.inference_mode()
     def batch(self, requests: Sequence[Request], seed: int, **options: Any) -> list[Answer]:
@@ -72,3 +73,26 @@ class TransformersEngine:
         del self.model
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def learned_positions(model: PreTrainedModel) -> int | None:
+    """How many a model has that learned a vector for each, as GPT-2 did: there is nothing behind them. None: it has no such."""
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    is_learned = any(table is not model.get_input_embeddings() for table in tables)
+    return model.config.get_text_config().max_position_embeddings if is_learned else None
+
+
+def batches(requests: Sequence[Request], size: int, window: int | None) -> Iterator[list[Request]]:
+    """Requests from the longest prompt to the shortest, at most `size` together.
+
+    window: see `learned_positions`; a batch's longest prompt and longest response fit into it together.
+    """
+    batch: list[Request] = []
+    for request in requests:
+        is_over = window is not None and batch and len(batch[0].ids) + request.max_tokens > window
+        if is_over or len(batch) == size:
+            yield batch
+            batch = []
+        batch.append(request)
+    if batch:
+        yield batch

@@ -75,6 +75,6 @@ def candidates(prompt_id: str, ranked: Sequence[int], rewards: Sequence[float], 
 
 
 def held_out(prompt_ids: Sequence[str], share: float, seed: int) -> set[str]:
-    """The prompts of the test split: a share of them, by their hashes, and at least one where any are held out."""
-    count = max(1, round(share * len(prompt_ids))) if share > 0 and len(prompt_ids) > 1 else 0
+    """The prompts of the test split: a share of them, by their hashes; where any are held out, at least one, and not all."""
+    count = min(max(1, round(share * len(prompt_ids))), len(prompt_ids) - 1) if share > 0 and prompt_ids else 0
     return set(sorted(prompt_ids, key=lambda prompt_id: row_seed(seed, prompt_id))[:count])

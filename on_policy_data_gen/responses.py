@@ -19,7 +19,7 @@ from alignment.run.run_folder import today
 from .configs import PolicyArguments, PromptArguments
 from .engines import check_engine, open_engine
 from .prompts import read_prompts
-from .sampling import Engine, Request, Sampling, make_requests, policy_tokenizer, sampling_of
+from .sampling import Engine, Request, Sampling, adds_system_turn, make_requests, policy_tokenizer, sampling_of
 from .stages import FOLDER, Stage, finish, read_record, share, stage, write_rows
 
 logger = logging.getLogger(__name__)
@@ -50,8 +50,15 @@ def decode(prompt_args: PromptArguments, policy_args: PolicyArguments, seeds: Se
                 if begun is None:
                     logger.info("%s: is finished.", final)
                     continue
-                requests = make_requests(prompts, tokenizer, max_tokens=sampling.max_tokens, window=window, date=begun.date)
-                done = begun.done()
+                requests = make_requests(
+                    prompts,
+                    tokenizer,
+                    max_tokens=sampling.max_tokens,
+                    window=window,
+                    date=begun.date,
+                    add_system=adds_system_turn(policy_args),
+                )
+                done = begun.everyones()
                 missing = sorted((one for one in requests if one.id not in done), key=lambda one: -len(one.ids))
                 if missing and engine is None:
                     engine = open_engine(policy_args, tokenizer, sampling)
@@ -86,6 +93,7 @@ def stage_settings(
         "stop_ids": sampling.stop_ids,
         "prompts_sha256": sha256([prompt.id for prompt in prompts]),
         "template_sha256": sha256(tokenizer.chat_template),
+        **({"empty_system_turn": True} if adds_system_turn(policy_args) else {}),
         "model_identity": start_identity(policy_args.model_arguments()),
     }
 

@@ -7,11 +7,13 @@ from typing import NamedTuple, Protocol
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from alignment.data.chat import with_empty_system_turn
 from alignment.data.prompts import Prompt, as_read
 from alignment.data.splits import templated_tokenizer
 from alignment.errors import UserError
 from alignment.model.endings import end_of_turn
 from alignment.model.loading import weights_source
+from alignment.run.checkpoints import training_of
 
 from .configs import PolicyArguments
 
@@ -78,6 +80,11 @@ def stop_ids(args: PolicyArguments, tokenizer: PreTrainedTokenizerBase) -> list[
     return [number for number in dict.fromkeys(ids) if number is not None]
 
 
+def adds_system_turn(args: PolicyArguments) -> bool:
+    """Whether the policy is asked behind an empty system turn, as it was trained."""
+    return args.chat_template is None and training_of(args.model).behind_system_turn
+
+
 def make_requests(
     prompts: Sequence[Prompt],
     tokenizer: PreTrainedTokenizerBase,
@@ -85,13 +92,18 @@ def make_requests(
     max_tokens: int,
     window: int | None,
     date: str,
+    add_system: bool = False,
     quiet: bool = False,
 ) -> list[Request]:
     """A request for every prompt that leaves room for a response; a log line counts the others.
 
-    date: what a template's clock shows. Raises UserError for a prompt that the template cannot write, or if none has room.
+    date: what a template's clock shows. add_system: as `adds_system_turn` says.
+    Raises UserError for a prompt that the template cannot write, or if none has room.
     """
     requests, too_long = [], 0
+    if add_system:
+        template = tokenizer.get_chat_template()
+        prompts = [prompt._replace(turns=with_empty_system_turn(prompt.turns, template)) for prompt in prompts]
     for start in tqdm(range(0, len(prompts), AT_A_TIME), desc="Rendering prompts", disable=quiet or len(prompts) < AT_A_TIME):
         part = prompts[start : start + AT_A_TIME]
         for prompt, (text, ids) in zip(part, as_read(part, tokenizer, date=date), strict=True):

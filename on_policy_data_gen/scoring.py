@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import math
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -44,10 +45,12 @@ def read_responses(file: Path) -> tuple[list[Scored], Counter]:
     for row, prompt, place in stage_rows(file):
         responses = texts_of(row, "all_generated_responses", place)
         rewards = row.get("all_rm_scores")
-        if rewards is not None and (
-            len(rewards) != len(responses) or not all(isinstance(reward, int | float | None) for reward in rewards)
+        if rewards is not None and not (
+            isinstance(rewards, list) and len(rewards) == len(responses) and all(map(is_reward, rewards))
         ):
-            raise UserError(f"{place}: all_rm_scores needs a number for each of its {len(responses)} responses")
+            raise UserError(
+                f"{place}: all_rm_scores needs a finite number, or null, for each of its {len(responses)} responses"
+            )
         if prompt.id in seen:
             raise UserError(f"{place}: its prompt stands in an earlier row too; put their responses together")
         seen.add(prompt.id)
@@ -58,6 +61,13 @@ def read_responses(file: Path) -> tuple[list[Scored], Counter]:
     if not rows:
         raise UserError(f"{file}: has no rows")
     return rows, +counts
+
+
+def is_reward(value: Any) -> bool:
+    """A finite number, or null for a response that has none."""
+    return value is None or (
+        isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    )
 
 
 def score(args: RewardArguments, rows: list[Scored], stem: str, output: Path) -> list[Scored]:
@@ -71,7 +81,7 @@ def score(args: RewardArguments, rows: list[Scored], stem: str, output: Path) ->
     }
     with stage(output, final.stem, settings, date=today(), makes=[final]) as begun:
         if begun is not None:
-            done = begun.done()
+            done = begun.everyones()
             missing = share([row for row in rows if row.prompt.id not in done])
             if missing:
                 model = load_reward_model(args, PartialState().device)

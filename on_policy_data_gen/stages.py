@@ -7,6 +7,8 @@ process RANK has finished. When all of it is there, it becomes one file in the o
 import json
 import logging
 import os
+import re
+import shlex
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,7 +35,7 @@ class Stage:
         self.own = folder / f"{name}.{PartialState().process_index}.jsonl"
 
     def parts(self) -> list[Path]:
-        return sorted(self.folder.glob(f"{self.name}.*.jsonl"))
+        return parts_of(self.folder, self.name)
 
     def rows(self) -> Iterator[Row]:
         """What all processes have finished. Raises UserError for a line that no append can have left."""
@@ -48,9 +50,13 @@ class Stage:
                             "row again"
                         ) from error
 
-    def done(self) -> set[str]:
-        """The prompt ids of the finished rows."""
-        return {row["prompt_id"] for row in self.rows()}
+    def everyones(self) -> dict[str, Row]:
+        """What all processes have finished, by prompt id; the same on each: none goes on before every one has read it."""
+        state = PartialState()
+        state.wait_for_everyone()
+        rows = {row["prompt_id"]: row for row in self.rows()}
+        state.wait_for_everyone()
+        return rows
 
     def keep(self, rows: Iterable[Row], *, done: int, total: int, what: str) -> None:
         """Append each row as it comes, in one write, so that a kill leaves whole lines and one torn one at most.
@@ -65,6 +71,12 @@ class Stage:
             for row in rows:
                 append(file.fileno(), row)
                 bar.update(min(state.num_processes, total - bar.n))
+
+
+def parts_of(folder: Path, name: str) -> list[Path]:
+    """The JSONL files of the stage `name`; those of `name.1` are another's."""
+    part = re.compile(rf"{re.escape(name)}\.\d+\.jsonl")
+    return sorted(path for path in folder.iterdir() if part.fullmatch(path.name))
 
 
 def append(descriptor: int, row: Row) -> None:
@@ -115,10 +127,10 @@ def begin(folder: Path, name: str, settings: dict[str, Any], date: str, makes: l
     is_finished = record["state"] == "finished" and len(there) == len(makes)
     refuse_other(folder, name, record, settings, "finished" if is_finished else "half done")
     if is_finished:
-        for leftover in folder.glob(f"{name}.*.jsonl"):
+        for leftover in parts_of(folder, name):
             leftover.unlink()
         return None
-    for part in folder.glob(f"{name}.*.jsonl"):
+    for part in parts_of(folder, name):
         cut_torn_line(part)
     return record["date"]
 
@@ -129,7 +141,8 @@ def refuse_other(folder: Path, name: str, record: dict[str, Any], settings: dict
     if not keys:
         return
     lines = [f"  {key}: {before.get(key)!r} then, {settings.get(key)!r} now" for key in keys]
-    anew = f"begin it anew: rm -r {folder / name}.*, and what it made beside {FOLDER}"
+    files = shlex.join(str(path) for path in [folder / f"{name}.json", *parts_of(folder, name)])
+    anew = f"begin it anew: rm {files}, and what it made beside {FOLDER}"
     advice = f"Give those again, or another --output_dir, or {anew}."
     raise UserError("\n".join([f"{folder / name}.json: this stage is {state}, with other settings:", *lines, advice]))
 

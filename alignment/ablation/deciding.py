@@ -83,6 +83,12 @@ def decide(state: State, axis: Axis, group: Sequence[Cell]) -> Decision | None:
     return (decide_objective if axis.asks_for(METHOD) else decide_most)(question, figures, from_first)
 
 
+def stable_value(state: State, axis: Axis, group: Sequence[Cell]) -> str | None:
+    """The first value of the axis with a run that has finished and is stable."""
+    stable = (cell for cell in group if cell.name in state.results and state.instability(cell) is None)
+    return next((cell.values[axis.name] for cell in stable), None)
+
+
 def ranked(axis: Axis) -> Sequence:
     """The values of an axis in their order; ranks from the lowest up."""
     return sorted(axis.values, key=lambda value: int(value.keys[RANK])) if axis.asks_for(RANK) else axis.values

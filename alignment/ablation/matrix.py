@@ -1,5 +1,6 @@
 """MATRIX.yaml: a base recipe, and what is varied."""
 
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -242,7 +243,7 @@ class Reader:
         if not (gpus is None or (isinstance(gpus, int) and gpus >= 0)):
             self.complain("launch", f"gpus_per_node = {gpus!r}: must be a number of GPUs; 0 for one process on the CPU")
             gpus = None
-        if not (isinstance(hours, int | float) and hours > 0):
+        if isinstance(hours, bool) or not isinstance(hours, int | float) or not 0 < hours < math.inf:
             self.complain("launch", f"hours = {hours!r}: must be positive")
         if entry.get("nodes", 1) != 1:
             self.complain(

@@ -10,7 +10,7 @@ from scipy.stats import norm
 from ..report.review.comparison import compare_cells, match
 from ..report.review.conventions import DELTA, LEVEL
 from ..report.review.logs import TRAIN
-from ..report.review.reading import Reading, read_run
+from ..report.review.reading import Reading, read_any_run
 from ..report.review.signals import Signals
 from ..report.review.statistics import Estimate
 from ..report.review.verdict import COLLAPSING, Verdict, verdict_of
@@ -18,7 +18,9 @@ from .cells import Cell
 from .decisions import Figures, Paired
 from .outcomes import NOT_FINITE, Outcome
 
-DIVERGED = 1.5  # last quarter of the training loss over its first record; a convention: none of a run that learns comes near
+# Last quarter of the training loss over its first record, by half of that record's size, and of 0.1 for one near 0, which
+# SimPER's, or a loss that began all but learned, may have. A convention: none of a run that learns comes near.
+DIVERGED, LEAST = 0.5, 0.1
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Result:
 
 
 def read_result(cell: Cell) -> Result:
-    reading = read_run(cell.run, cell.name)
+    reading = read_any_run(cell.run, cell.name)
     signals = reading.signals()
     evaluated = json.loads((cell.run / "eval_results.json").read_text(encoding="utf-8"))
     return Result(cell, reading, signals, verdict_of(signals), evaluated.get("eval_loss"))
@@ -81,7 +83,7 @@ def losses(reading: Reading) -> Sequence[tuple[float, float]]:
 def has_diverged(loss: Sequence[float]) -> bool:
     """Whether the training loss ends far above where it began, by the mean of its last quarter."""
     last = loss[-max(len(loss) // 4, 1) :]
-    return len(loss) > 1 and sum(last) / len(last) > DIVERGED * loss[0]
+    return len(loss) > 1 and sum(last) / len(last) > loss[0] + DIVERGED * max(abs(loss[0]), LEAST)
 
 
 # ---- Figures ----

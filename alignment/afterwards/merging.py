@@ -45,7 +45,7 @@ from ..model.tokenizer_files import misread, save_tokenizer, settle_class
 from ..recipe.configs import DataArguments, ModelArguments
 from ..report.review.reading import read_yaml
 from ..report.saved_files import complete_card
-from ..run.checkpoints import RECIPE_FILE, on_threads, sync
+from ..run.checkpoints import RECIPE_FILE, on_threads, sync, training_of
 from ..run.run_folder import umask, unwritable
 
 logger = logging.getLogger(__name__)
@@ -126,7 +126,11 @@ def merge_adapter(
         save_tokenizer(tokenizer, staged)
         del model, merged  # the one that was saved is read into their room
         agreement = agreement_of(staged, tokenizer, rows, wanted, moved, saved_dtype, trust_remote_code)
-        facts = {**merge_facts(adapter, saved_dtype), "base": list(pinned(adapter.base))}
+        facts = {
+            **merge_facts(adapter, saved_dtype),
+            "base": list(pinned(adapter.base)),
+            **training_of(name)._asdict(),
+        }
         (staged / MERGED_FROM).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
         card = card_of(adapter, output.name, saved_dtype, agreement, licence=licence_of(own))
         (staged / "README.md").write_text(card, encoding="utf-8")

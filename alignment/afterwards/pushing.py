@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import TrainingStopped, UserError
-from ..model.loading import MERGED_FROM
+from ..model.loading import MERGED_BASE, MERGED_FROM
 from ..report.card import is_hub_name
 from ..report.review.reading import read_yaml
 from ..run.checkpoints import RECIPE_FILE
@@ -109,7 +109,8 @@ def refuse_local_base(folder: Path) -> None:
     if not path.is_file():
         return
     base = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path") or ""
-    if not is_hub_name(base):
+    is_merged_here = Path(base).name == MERGED_BASE and (folder / MERGED_BASE).is_dir()  # named as another folder saw it
+    if is_merged_here or not is_hub_name(base):
         raise UserError(
             f"{folder}: is an adapter of {base!r}, a folder of this machine, without which it is nothing. Merge it "
             f"(scripts/merge_adapter.py {folder} MERGED) and push that, or name the base's place on the Hub in "

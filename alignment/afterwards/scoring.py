@@ -25,6 +25,7 @@ from ..preference.trainer import PairTrainer
 from ..recipe.configs import DataArguments, ModelArguments, Run
 from ..recipe.parser import H4ArgumentParser, full_recipe, read_options, read_recipe
 from ..report.review.reading import HELD_OUT_FILE, read_json
+from ..run.checkpoints import training_of
 from ..run.durable import TRAINER_STATE
 from ..run.records import replace_jsonl, write_run_folder
 from ..run.run_folder import DATE_FILE, today
@@ -206,7 +207,8 @@ def within_memory(work: Callable[[], T]) -> T:
 
 def write(folder: Path, run_: Run, records: list[dict[str, Any]], metrics: dict[str, float]) -> None:
     """Recipe, versions and figures; the records last, in one move."""
-    write_run_folder(run_)
+    # Its recipe says nothing of how the model was trained.
+    write_run_folder(run_, is_chosen_step=training_of(run_.model_args.model_name_or_path).is_chosen_step)
     (folder / "eval_results.json").write_text(json.dumps(metrics, indent=4, sort_keys=True) + "\n", encoding="utf-8")
     replace_jsonl(folder / HELD_OUT_FILE, records)
     logger.info("%s: %d rows; scripts/review_run.py %s reads them.", folder / HELD_OUT_FILE, len(records), folder)

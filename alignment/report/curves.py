@@ -68,7 +68,7 @@ def curves_figure(metrics: Metrics, title: str, objective: Objective | None = No
     columns = min(len(panels), 2) or 1
     rows = -(-len(panels) // 2) or 1
     figure = Figure(figsize=(5.5 * columns, 3.6 * rows + 0.4), layout="constrained")
-    figure.suptitle(title if panels else f"{title}: nothing was logged", fontsize=13, fontweight="bold")
+    figure.suptitle(title if panels else f"{title}: nothing was logged", fontsize=13, fontweight="bold", parse_math=False)
     for place, panel in enumerate(panels, start=1):
         draw_panel(figure.add_subplot(rows, columns, place), panel, metrics)
     return figure

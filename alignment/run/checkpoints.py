@@ -15,6 +15,9 @@ from typing import Any, NamedTuple
 import huggingface_hub.constants
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..model.loading import MERGED_FROM
+from ..report.review.reading import read_json, read_yaml
+
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
@@ -230,3 +233,23 @@ def verify(folder: Path) -> Checkpoint:
 def digest_of(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Training(NamedTuple):
+    """What is to be known of a model's training by who uses it.
+
+    behind_system_turn: an empty system turn stood in front of conversations, where the template knows that role; published
+    preprocessing puts it there, and the template that such a run saves does not. is_chosen_step: it is not the last step's,
+    but that of the best evaluation.
+    """
+
+    behind_system_turn: bool
+    is_chosen_step: bool
+
+
+def training_of(model: str) -> Training:
+    """Of a run's folder, of a checkpoint or of what was merged of one; of a model from elsewhere nothing is known."""
+    keys, merged = read_yaml(Path(model, RECIPE_FILE)), read_json(Path(model, MERGED_FROM))
+    behind = keys.get("preprocessing") == "published" and keys.get("auto_insert_empty_system_msg") is True
+    chosen = keys.get("load_best_model_at_end") is True
+    return Training(behind or merged.get("behind_system_turn") is True, chosen or merged.get("is_chosen_step") is True)

@@ -60,8 +60,8 @@ def replace_jsonl(path: Path, records: list[dict[str, Any]]) -> None:
     draft.replace(path)
 
 
-def write_run_folder(run_: Run) -> None:
-    """What is known before training: the resolved recipe, package versions and commit."""
+def write_run_folder(run_: Run, **more: Any) -> None:
+    """What is known before training: the resolved recipe, package versions and commit. more: for environment.json."""
     run_.output_dir.mkdir(parents=True, exist_ok=True)
     (run_.output_dir / RECIPE_FILE).write_text(run_.recipe, encoding="utf-8")
     environment = {
@@ -72,6 +72,7 @@ def write_run_folder(run_: Run) -> None:
         "device": str(run_.training_args.device),
         "objective": run_.training_args.objective.record(),
         **provenance(run_.model_args),
+        **more,
     }
     (run_.output_dir / "environment.json").write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
 

@@ -16,6 +16,7 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..data.chat import with_empty_system_turn
 from ..data.prompts import Prompt, as_published, as_read, parsed, prompt_of, records_of, row_seed
 from ..data.template import Turns
 from ..errors import Problem, UserError, shown
@@ -64,9 +65,11 @@ def sample_requests(run_: Run, tokenizer: PreTrainedTokenizerBase) -> list[Reque
         return []
     given = {prompt.id: (place, prompt) for place, prompt in given_prompts(args.sample_prompts)}
     window, requests = positions(run_.model_args), []
+    add_system = args.preprocessing == "published" and run_.data_args.auto_insert_empty_system_msg
     for place, prompt in given.values():
+        turns = with_empty_system_turn(prompt.turns, tokenizer.get_chat_template()) if add_system else prompt.turns
         try:
-            (_, ids), *_ = as_read([prompt], tokenizer, date=run_.date)
+            (_, ids), *_ = as_read([prompt._replace(turns=turns)], tokenizer, date=run_.date)
         except UserError as error:
             raise UserError(f"{place}: {error}") from error
         if window is not None and len(ids) + args.sample_max_new_tokens > window:

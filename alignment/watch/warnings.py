@@ -101,7 +101,7 @@ class Warnings(TrainerCallback):
     def pairs(self, of: str, file: str) -> Pairs | None:
         """As the review will read them, in one order at every step."""
         rows = self.trainer.pair_records(of)
-        return pairs_of(sorted(rows, key=lambda row: (row["step"], row["index"])), file) if rows else None
+        return pairs_of(sorted(rows, key=lambda row: (row["step"], row["index"]))) if rows else None
 
 
 def told_fall(change: float, where: str, since: str) -> str:

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from alignment.afterwards import merging
 from alignment.afterwards.merging import merge_adapter
 from alignment.errors import TrainingStopped, UserError
+from alignment.run.checkpoints import training_of
 from tests import builders
 from tests.forked import Ended, Server
 from tests.integration.conftest import RECIPE
@@ -207,9 +208,18 @@ def test_a_merge_that_is_killed_leaves_nothing_that_looks_whole_and_the_same_com
 
 
 def test_the_adapter_of_a_run_is_merged_with_its_card_and_scores_as_the_run_did(server, workspace, tmp_path):
-    keys = {**RECIPE, "max_steps": 2, "save_strategy": "no", "eval_strategy": "no", "do_eval": True}
+    keys = {
+        **RECIPE,
+        "max_steps": 2,
+        "save_strategy": "no",
+        "eval_strategy": "no",
+        "do_eval": True,
+        "preprocessing": "published",
+    }
     ends(server.run(recipe_of_run(workspace, tmp_path, keys, {})))
     run, merged, scored = tmp_path / "run", tmp_path / "merged", tmp_path / "scored"
+    recipe = run / "recipe.yaml"  # as if its best evaluation had chosen the step
+    recipe.write_text(recipe.read_text().replace("load_best_model_at_end: false", "load_best_model_at_end: true"))
     ends(server.run(str(run), str(merged), method=MERGE))
     card = (merged / "README.md").read_text()
     assert card.count("## Files") == 1
@@ -222,6 +232,8 @@ def test_the_adapter_of_a_run_is_merged_with_its_card_and_scores_as_the_run_did(
     ends(server.run(str(merged), str(run / "recipe.yaml"), f"--output={scored}", method=SCORE))
     ours, theirs = ([row for row in read_jsonl(folder / "eval_pairs.jsonl") if row["step"] > 0] for folder in (scored, run))
     assert [row["chosen_logp"] for row in ours] == pytest.approx([row["chosen_logp"] for row in theirs], rel=1e-5)
+    assert training_of(str(run)) == training_of(str(merged)) == (True, True)
+    assert json.loads((scored / "environment.json").read_text())["is_chosen_step"]
 
 
 # ---- Scoring ----

@@ -2,8 +2,8 @@
 
 import pytest
 
+from alignment.run.checkpoints import training_of
 from alignment.run.records import write_jsonl
-from eval.asking import trained_behind_system_turn
 from tests.integration.conftest import RECIPE
 from tests.workspaces import read_jsonl, recipe_of_run, save_model, save_workspace
 
@@ -95,4 +95,4 @@ def test_a_runs_own_recipe_tells_whether_it_was_trained_behind_an_empty_system_t
     }
     ended = server.run(recipe_of_run(tmp_path, tmp_path, RECIPE, changes))
     assert ended.status == 0, ended.printed
-    assert trained_behind_system_turn(str(tmp_path / "run")) == (preprocessing == "published")
+    assert training_of(str(tmp_path / "run")).behind_system_turn == (preprocessing == "published")

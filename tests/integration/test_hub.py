@@ -324,22 +324,26 @@ def test_a_push_that_is_stopped_says_how_to_go_on(server, hub, finished):
     assert "model.safetensors" not in hub.repositories[NAME]
 
 
-@pytest.mark.parametrize("kind", ["nothing", "another folder", "half a run", "an adapter of a folder"])
+@pytest.mark.parametrize(
+    "kind", ["nothing", "another folder", "half a run", "an adapter of a folder", "an adapter of what it merged"]
+)
 def test_what_is_no_finished_run_that_others_can_use_is_refused(server, hub, finished, tmp_path, kind):
     folder = tmp_path / "run"
+    bases = {"an adapter of a folder": "/models/sft", "an adapter of what it merged": "outputs/base"}
     if kind != "nothing":
         shutil.copytree(finished, folder, ignore=shutil.ignore_patterns("checkpoint-*", "_run"))
-    if kind in ("half a run", "an adapter of a folder"):
+    if kind == "half a run" or kind in bases:
         (folder / "_run").mkdir()
         state = "training" if kind == "half a run" else "finished"
         (folder / "_run/status.json").write_text(json.dumps({"state": state}))
-    if kind == "an adapter of a folder":
-        (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "/models/sft"}))
+    if kind in bases:
+        (folder / "base").mkdir()
+        (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": bases[kind]}))
     told = {
         "nothing": "there is no such folder",
         "another folder": "is neither a run's folder nor a model that scripts/merge_adapter.py left",
         "half a run": "this run is not finished: training",
-        "an adapter of a folder": f"scripts/merge_adapter.py {folder} MERGED",
+        **dict.fromkeys(bases, f"scripts/merge_adapter.py {folder} MERGED"),
     }
     ended = push(server, folder)
     assert ended.status == 2

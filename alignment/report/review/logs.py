@@ -37,6 +37,10 @@ class LogRecord(NamedTuple):
     split: str
     values: dict[str, float]
 
+    def has_preferences(self) -> bool:
+        """Whether it says more than a loss."""
+        return bool(set(self.values) - {"loss"})
+
 
 class Log(NamedTuple):
     """The records of a log in its order; what could not be read is counted."""
@@ -46,11 +50,16 @@ class Log(NamedTuple):
     not_finite: int = 0  # values that are NaN or infinite, left out
 
     def series(self, split: str, metric: str) -> list[tuple[float, float]]:
-        """(step, value) of every record that has the metric; its place among them, where steps were not logged."""
+        """(step, value) of every record that has the metric; its place among them, where steps were not logged.
+
+        Of a step that was logged twice, by a run that was resumed before it, the last record.
+        """
         found = [
             (record.step, record.values[metric]) for record in self.records if record.split == split and metric in record.values
         ]
-        return [(step if self.has_steps else place, value) for place, (step, value) in enumerate(found, start=1)]
+        return (
+            list(dict(found).items()) if self.has_steps else [(place, value) for place, (_, value) in enumerate(found, start=1)]
+        )
 
     @property
     def has_steps(self) -> bool:
@@ -58,8 +67,13 @@ class Log(NamedTuple):
 
     @property
     def held_out(self) -> str:
-        """The split that held-out figures are of: the first one, where there are several."""
-        return next((record.split for record in self.records if record.split.startswith(EVAL)), EVAL)
+        """The split that held-out figures are of: of several the first that has more than a loss."""
+        found = [record for record in self.records if record.split.startswith(EVAL)]
+        return next((record.split for record in [*filter(LogRecord.has_preferences, found), *found]), EVAL)
+
+    @property
+    def has_preferences(self) -> bool:
+        return any(map(LogRecord.has_preferences, self.records))
 
 
 class Half(NamedTuple):
@@ -104,14 +118,19 @@ class LogSignals(NamedTuple):
 def read_log(path: Path, unprefixed: str = TRAIN) -> Log:
     """A trainer_state.json, a list of records, or a record a line; keys without a prefix are of the split `unprefixed`.
 
-    Raises UserError where the file cannot be read or holds no preference metric.
+    Raises UserError where the file cannot be read.
     """
     records, malformed = raw_records(text_of(path))
-    log = log_of(records, unprefixed)._replace(malformed=malformed)
-    if not any(set(record.values) - {"loss"} for record in log.records):
+    return log_of(records, unprefixed)._replace(malformed=malformed)
+
+
+def read_preferences(path: Path, unprefixed: str = TRAIN) -> Log:
+    """As `read_log`; raises UserError for a log without a preference metric too."""
+    log = read_log(path, unprefixed)
+    if not log.has_preferences:
         raise UserError(
-            f"{path}: no preference metric in {len(records)} records ({malformed} malformed lines). Expected is a run folder, "
-            f"a trainer_state.json, or a record a line with such keys as {MARGIN}, eval_{MARGIN}, {ACCURACY}"
+            f"{path}: no preference metric in {len(log.records)} records ({log.malformed} malformed lines). Expected is a run "
+            f"folder, a trainer_state.json, or a record a line with such keys as {MARGIN}, eval_{MARGIN}, {ACCURACY}"
         )
     return log
 
@@ -128,7 +147,7 @@ def raw_records(text: str) -> tuple[list[dict[str, Any]], int]:
     """Records, and how many lines are none."""
     try:
         whole = json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # no JSON, a number of thousands of digits, or thousands of brackets
         found = [record_of(line) for line in text.splitlines() if line.strip()]
     else:
         listed = whole.get("log_history", [whole]) if isinstance(whole, dict) else whole
@@ -141,10 +160,10 @@ def record_of(line: str) -> Any:
     """JSON, or a dict as Python prints it: what trainers write to the terminal."""
     try:
         return json.loads(line)
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         try:
             return ast.literal_eval(line.strip())
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             return None
 
 
@@ -154,7 +173,9 @@ def log_of(records: Iterable[dict[str, Any]], unprefixed: str = TRAIN) -> Log:
         step = next((number for key in STEPS if (number := number_in(record.get(key))) is not None), None)
         splits: dict[str, dict[str, float]] = {}
         for key, value in record.items():
-            split, metric = place_of(key, unprefixed)
+            if key == "train_loss" and "train_runtime" in record:  # the Trainer's last record: a mean over all steps
+                continue
+            split, metric = place_of(str(key), unprefixed)
             number = number_in(value)
             if metric is None or number is None:
                 continue
@@ -186,6 +207,8 @@ def number_in(value: Any) -> float | None:
         return float(value)
     except ValueError:
         return None
+    except OverflowError:
+        return math.inf
 
 
 def log_signals(log: Log, held_out: Log | None = None) -> LogSignals:
@@ -194,7 +217,7 @@ def log_signals(log: Log, held_out: Log | None = None) -> LogSignals:
     def half(metric: str, *, late: bool) -> Half | None:
         values = [value for _, value in log.series(TRAIN, metric)]
         part = values[len(values) // 2 :] if late else values[: len(values) // 2]
-        return Half(math.fsum(part) / len(part), len(part)) if part else None
+        return Half(sum(part) / len(part), len(part)) if part else None
 
     def ends(split: str, metric: str, source: Log) -> Ends | None:
         series = source.series(split, metric)

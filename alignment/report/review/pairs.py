@@ -1,5 +1,6 @@
 """The same pairs before the first step and behind the last one, as columns."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -74,14 +75,25 @@ class Pairs:
         )
 
 
-def pairs_of(rows: Sequence[Row], where: str) -> Pairs | None:
-    """The rows of an eval_pairs.jsonl or probe_pairs.jsonl, matched by index; None where there are none of a last step.
+def is_number(value: Any) -> bool:
+    """A finite one, that a float can hold."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
-    A pair that one of the two looks lacks is left out. Raises UserError for rows without the columns that a review needs.
-    """
-    missing = sorted({name for row in rows for name in NEEDED if name not in row})
-    if missing:
+
+def whole_rows(rows: Sequence[Row], where: str) -> list[Row]:
+    """Those with a finite number in every column that a review needs. Raises UserError where none of them has."""
+    whole = [row for row in rows if all(is_number(row.get(name)) for name in NEEDED)]
+    if rows and not whole:
+        missing = sorted({name for row in rows for name in NEEDED if not is_number(row.get(name))})
         raise UserError(f"{where}: rows lack {', '.join(missing)}; a review reads them as a run of this suite writes them")
+    return whole
+
+
+def pairs_of(rows: Sequence[Row]) -> Pairs | None:
+    """The whole rows of an eval_pairs.jsonl or probe_pairs.jsonl, matched by index; None where there are none of a last step.
+
+    A pair that one of the two looks lacks is left out.
+    """
     steps = sorted({row["step"] for row in rows})
     if not steps:
         return None

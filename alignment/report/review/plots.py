@@ -28,6 +28,7 @@ STYLE = {
     "font.size": 10, "axes.edgecolor": MUTED, "axes.labelcolor": INK, "text.color": INK, "xtick.color": MUTED,
     "ytick.color": INK, "xtick.labelcolor": INK, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "review",
     "axes.titlesize": 11, "legend.frameon": False, "legend.fontsize": 9,
+    "text.parse_math": False,  # a run's name may hold dollars
 }  # fmt: skip
 MANY = 800  # points, above which they are drawn as one picture inside the SVG
 Bar = tuple[str, Estimate, str]  # label, figure, colour

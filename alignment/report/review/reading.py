@@ -9,8 +9,8 @@ from typing import Any
 import yaml
 
 from ...errors import UserError
-from .logs import Log, LogSignals, log_signals, raw_records, read_log, text_of
-from .pairs import Pairs, pairs_of
+from .logs import Log, LogSignals, log_signals, raw_records, read_log, read_preferences, text_of
+from .pairs import Pairs, is_number, pairs_of, whole_rows
 from .signals import Replies, Signals, replies_of, signals_of
 
 HELD_OUT_FILE, PROBE_FILE, SAMPLES_FILE = "eval_pairs.jsonl", "probe_pairs.jsonl", "samples.jsonl"
@@ -42,7 +42,8 @@ class Reading:
     @property
     def objective(self) -> str | None:
         """Its name, as the run recorded it."""
-        return self.environment.get("objective", {}).get("name")
+        objective = self.environment.get("objective")
+        return objective.get("name") if isinstance(objective, dict) else None
 
     @property
     def seed(self) -> int | None:
@@ -52,9 +53,10 @@ class Reading:
     def gamma(self) -> float | None:
         """The margin, in units of reward, that a loss -log sigmoid(margin - gamma) asks for; None where the loss is another."""
         recipe = self.recipe
+        beta, ratio = recipe.get("beta") or 0.0, recipe.get("gamma_beta_ratio", 0.0)
         if recipe.get("loss_type") not in ("sigmoid", "alphapo") or recipe.get("label_smoothing"):
             return None
-        return (recipe.get("beta") or 0.0) * recipe.get("gamma_beta_ratio", 0.0)
+        return beta * ratio if is_number(beta) and is_number(ratio) else None
 
     @property
     def cell(self) -> str | None:
@@ -74,7 +76,7 @@ class Reading:
             gamma=self.gamma,
             replies=self.replies,
             log=self.log_signals(),
-            is_chosen_step=bool(self.recipe.get("load_best_model_at_end")),
+            is_chosen_step=bool(self.recipe.get("load_best_model_at_end") or self.environment.get("is_chosen_step")),
         )
 
 
@@ -98,9 +100,17 @@ def names_of(paths: Sequence[Path]) -> list[str]:
 
 
 def read_run(path: Path, name: str | None = None, eval_log: Path | None = None) -> Reading:
-    """A run folder or a bare log. Raises UserError where there is nothing that can be reviewed."""
+    """A run folder or a bare log. Raises UserError where no pairs were trained on, or none of it was recorded."""
+    reading = read_any_run(path, name, eval_log)
+    if reading.held_out is None and reading.held_out_log is None and reading.log and not reading.log.has_preferences:
+        read_preferences(find_log(path) if path.is_dir() else path)
+    return reading
+
+
+def read_any_run(path: Path, name: str | None = None, eval_log: Path | None = None) -> Reading:
+    """As `read_run`, of a run that need not have trained on pairs."""
     name = name or path.resolve().name
-    held_out_log = None if eval_log is None else read_log(eval_log, unprefixed="eval")
+    held_out_log = None if eval_log is None else read_preferences(eval_log, unprefixed="eval")
     if path.is_file():
         return Reading(name, path, read_log(path), held_out_log)
     if not path.is_dir():
@@ -115,6 +125,8 @@ def read_run(path: Path, name: str | None = None, eval_log: Path | None = None) 
     if status != "finished":
         notes.append(f"this run is not finished: {status}")
     log = None if log_path is None else read_log(log_path)
+    if log is not None and not log.has_preferences:
+        notes.append(f"{log_path.name}: no preference metric in {len(log.records)} records")
     replies = read_replies(path / SAMPLES_FILE, notes)
     notes += [f"warned at step {row['step']}: {row['text']}" for row in read_warnings(path / WARNINGS_FILE)]
     return Reading(name, path, log, held_out_log, held_out, probe, replies, recipe, environment, tuple(notes))
@@ -138,7 +150,9 @@ def read_pairs(path: Path, notes: list[str]) -> Pairs | None:
     if not path.exists():
         return None
     rows, malformed = raw_records(text_of(path))
-    pairs = pairs_of(rows, str(path))
+    whole = whole_rows(rows, str(path))
+    malformed += len(rows) - len(whole)
+    pairs = pairs_of(whole)
     if malformed:
         notes.append(f"{path.name}: {malformed} malformed lines left out")
     if pairs is None:
@@ -153,14 +167,14 @@ def read_replies(path: Path, notes: list[str]) -> Replies | None:
     rows, malformed = raw_records(text_of(path))
     if malformed:
         notes.append(f"{path.name}: {malformed} malformed lines left out")
-    rows = [row for row in rows if {"step", "prompt", "response"} <= set(row)]
+    rows = [row for row in rows if is_number(row.get("step")) and "prompt" in row and isinstance(row.get("response"), str)]
     last = max((row["step"] for row in rows), default=0)
     if last == 0:
         return None
     by_prompt = [{json.dumps(row["prompt"]): row for row in rows if row["step"] == step} for step in (0, last)]
     pairs = [(by_prompt[0][prompt], after) for prompt, after in by_prompt[1].items() if prompt in by_prompt[0]]
     before, after = [old["response"] for old, _ in pairs], [new["response"] for _, new in pairs]
-    counted = all("tokens" in row for pair in pairs for row in pair)
+    counted = all(is_number(row.get("tokens")) for pair in pairs for row in pair)
     tokens = ([old["tokens"] for old, _ in pairs], [new["tokens"] for _, new in pairs]) if counted else None
     return replies_of(before, after, tokens)
 
@@ -176,8 +190,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        return yaml.safe_load(text_of(path)) or {}
-    except yaml.YAMLError as error:
+        return mapping(yaml.safe_load(text_of(path)), path)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not YAML ({error})") from error
 
 
@@ -185,6 +199,14 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        return json.loads(text_of(path))
-    except json.JSONDecodeError as error:
+        return mapping(json.loads(text_of(path)), path)
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({error})") from error
+
+
+def mapping(value: Any, path: Path) -> dict[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: is {value!r:.80}, not keys with values")
+    return value

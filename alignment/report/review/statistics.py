@@ -46,7 +46,8 @@ def variance_of_mean(values: np.ndarray, prompts: np.ndarray) -> tuple[float, in
     """Of the mean of n values: variance from the sums within prompts, the number of prompts, and e.
 
     prompts: (n,) int, from 0, which prompt each value belongs to. e = max(1, variance from prompt sums / variance from
-    pairs), by how much n overstates the evidence. Where no prompt repeats, the variance is the usual one and e is 1.
+    pairs), by how much n overstates the evidence. Where no prompt repeats, the variance is the usual one and e is 1; where
+    no value differs, nothing tells prompts from pairs, and only prompts are taken to count: e = n / prompts.
     """
     n = len(values)
     residuals = values - values.mean()
@@ -56,7 +57,7 @@ def variance_of_mean(values: np.ndarray, prompts: np.ndarray) -> tuple[float, in
         return from_pairs, count, 1.0
     sums = np.bincount(prompts, weights=residuals)
     from_sums = count / max(count - 1, 1) * (sums @ sums) / n**2
-    return from_sums, count, max(1.0, from_sums / from_pairs) if from_pairs > 0 else 1.0
+    return from_sums, count, max(1.0, from_sums / from_pairs) if from_pairs > 0 else n / count
 
 
 def critical(df: float) -> float:

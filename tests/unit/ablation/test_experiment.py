@@ -29,9 +29,11 @@ from alignment.ablation.outcomes import (
     outcome_of,
     share_done,
 )  # fmt: skip
+from alignment.ablation.results import has_diverged
 from alignment.ablation.running import LocalLauncher
 from alignment.errors import UserError
 from alignment.report.review import page as review_page
+from alignment.run.records import write_jsonl
 from alignment.run.run_folder import LOCK_FILE
 from alignment.run.signals import RunInterrupted, StopSignals
 from tests.methods import METHODS
@@ -198,11 +200,33 @@ def test_one_axis_at_a_time_runs_each_with_the_best_of_those_before(course, tmp_
     assert len(course.ran) == 8
 
 
+def test_one_axis_at_a_time_goes_on_with_a_stable_value_though_nothing_could_be_compared(course, tmp_path, capsys):
+    path = write_matrix(tmp_path, axes={"learning_rate": [1e-2, 1e-3], "beta": [2.0, 4.0]}, method="simpo", one_at_a_time=True)
+    course.becomes["lr0.01-b2.0"] = lambda cell: finish(cell, losses=(1.0, 9.0, 9.0, 9.0))
+    run(path)
+    assert course.ran == ["lr0.01-b2.0", "lr0.001-b2.0", "lr0.001-b4.0"]
+    assert "learning_rate: lr0.001 is taken, the only value with a stable run." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("loss", "diverged"),
+    [
+        ([0.7, 0.6, 0.5, 0.4], False), ([0.7, 0.8, 1.0, 1.04], False), ([0.7, 1.0, 1.0, 1.1], True),
+        ([-0.5, -0.6, -0.7, -0.8], False), ([-0.5, -0.4, 0.5, 2.0], True),
+        ([0.0, 0.0, 0.0, 0.0], False), ([0.01, 0.02, 0.02, 0.02], False), ([0.01, 0.5, 0.5, 0.5], True),
+        ([0.7], False), ([], False),
+    ],
+)  # fmt: skip
+def test_a_loss_has_diverged_where_it_ends_far_above_its_beginning_whatever_its_sign(loss, diverged):
+    assert has_diverged(loss) == diverged
+
+
 def test_runs_without_pairs_are_shown_and_not_compared(course, tmp_path):
     def supervised(cell: Cell) -> None:
         finish(cell)
         for name in ("eval_pairs.jsonl", "probe_pairs.jsonl"):
             (cell.run / name).unlink()
+        write_jsonl(cell.run / "metrics.jsonl", [{"step": 1, "loss": 0.9}, {"step": 2, "loss": 0.8, "eval_loss": 0.7}])
 
     course.becomes = dict.fromkeys(("simpo-s42", "dpo-s42"), supervised)
     run(write_matrix(tmp_path, axes=FEW))

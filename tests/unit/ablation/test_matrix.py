@@ -104,6 +104,12 @@ def test_a_matrix_that_cannot_be_meant_is_refused(keys, problem, tmp_path):
     assert any(problem in line for line in complaints(tmp_path, **keys)), complaints(tmp_path, **keys)
 
 
+@pytest.mark.parametrize("hours", [True, 0, -1, "3", float("inf"), float("nan")])
+def test_hours_that_are_none_are_refused(hours, tmp_path):
+    with pytest.raises(UserError, match=r"hours = .*: must be positive"):
+        read_matrix(write_matrix(tmp_path, launch={"hours": hours}))
+
+
 def test_a_number_that_yaml_reads_otherwise_than_its_writer_is_refused(tmp_path):
     path = Path(write_matrix(tmp_path, axes=None, method="simpo"))
     path.write_text(path.read_text() + "axes: {rank: {r8: {lora_r: 010}, r4: {lora_r: 4}}}\n")

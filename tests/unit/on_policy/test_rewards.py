@@ -13,6 +13,7 @@ from on_policy_data_gen.armorm import ARCHITECTURE, ArmoRM
 from on_policy_data_gen.configs import PairArguments, RewardArguments
 from on_policy_data_gen.pairing import DUPLICATE, MARGIN, NONE_LEFT, TIE, UNSCORED, Pair, PairRule, choose_pairs, held_out
 from on_policy_data_gen.reward_models import load_reward_model
+from on_policy_data_gen.scoring import read_responses
 from tests import builders
 
 CPU = torch.device("cpu")
@@ -159,6 +160,23 @@ def test_held_out_prompts_are_a_share_and_the_same_ones_in_any_order():
     ids = [str(n) for n in range(100)]
     assert held_out(ids, 0.1, 1) == held_out(ids[::-1], 0.1, 1)
     assert (len(held_out(ids, 0.1, 1)), len(held_out(ids[:3], 0.01, 1)), held_out(ids, 0.0, 1)) == (10, 1, set())
+
+
+@pytest.mark.parametrize(("prompts", "share", "held"), [(10, 0.99, 9), (2, 0.9, 1), (1, 0.5, 0), (0, 0.5, 0)])
+def test_a_large_share_leaves_a_prompt_to_train_on(prompts, share, held):
+    assert len(held_out([str(n) for n in range(prompts)], share, 1)) == held
+
+
+@pytest.mark.parametrize(
+    "scores", ["3", '"ab"', "[1]", "[1, NaN]", "[1, true]", '[1, "2"]', "[1, Infinity]", f"[1, {10**400}]", "{}"]
+)
+def test_rewards_that_are_no_numbers_are_refused_at_their_row(scores, tmp_path):
+    file = tmp_path / "scored.json"
+    file.write_text(f'[{{"prompt": "Hello", "all_generated_responses": ["a", "b"], "all_rm_scores": {scores}}}]')
+    with pytest.raises(
+        UserError, match=r"scored\.json.*all_rm_scores needs a finite number, or null, for each of its 2 responses"
+    ):
+        read_responses(file)
 
 
 def test_a_margin_rule_needs_a_margin():

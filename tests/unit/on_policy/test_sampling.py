@@ -3,7 +3,7 @@
 import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
-from transformers import LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from alignment.data.chat import exact_pair_text
 from alignment.data.prompts import prompt_of, row_seed
@@ -11,8 +11,16 @@ from alignment.data.template import shipped_template
 from alignment.data.tokenization import LengthRules, tokenize_pairs
 from alignment.errors import UserError
 from alignment.model.generation import DrawByRow, left_padded, uniform_numbers
-from on_policy_data_gen.in_process import TransformersEngine
-from on_policy_data_gen.sampling import make_requests, policy_tokenizer, sampling_of, stop_ids
+from on_policy_data_gen.in_process import TransformersEngine, batches
+from on_policy_data_gen.sampling import (
+    Request,
+    Sampling,
+    adds_system_turn,
+    make_requests,
+    policy_tokenizer,
+    sampling_of,
+    stop_ids,
+)
 from tests import builders
 
 DATE = "2026-01-02"
@@ -161,6 +169,31 @@ def test_each_response_ends_at_its_own_limit(policy_args, requests):
     found = answers(engine(policy_args), limits, 13)
     assert [found[one.id].tokens for one in limits] == [one.max_tokens for one in limits]
     assert {found[one.id].finish_reason for one in limits} == {"length"}
+
+
+def test_prompts_of_every_length_are_answered_by_a_model_with_learned_positions(tokenizer):
+    """A short prompt's long response would lead the long prompt beside it behind the last position."""
+    config = GPT2Config(vocab_size=len(tokenizer), n_positions=32, n_embd=16, n_layer=1, n_head=2)
+    engine = TransformersEngine(GPT2LMHeadModel(config).eval(), tokenizer, Sampling(1.0, 1.0, 0, 32, []), batch_size=4)
+    asked = [Request(f"{length}", "", [5] * length, min(32 - length, 8)) for length in (30, 28, 4, 3, 2)]
+    assert {answer.id: answer.tokens for answer in engine.answers(asked, 1)} == {one.id: one.max_tokens for one in asked}
+    assert [len(batch) for batch in batches(asked, 4, 32)] == [1, 1, 3]
+    assert [len(batch) for batch in batches(asked, 4, None)] == [4, 1]
+
+
+@pytest.mark.parametrize(("preprocessing", "added"), [("published", True), ("exact", False)])
+def test_what_a_run_left_is_asked_behind_the_empty_system_turn_that_it_was_trained_behind(
+    policy_args, prompts, tmp_path, preprocessing, added
+):
+    (tmp_path / "recipe.yaml").write_text(f"preprocessing: {preprocessing}\nauto_insert_empty_system_msg: true\n")
+    tokenizer = builders.bpe_tokenizer()
+    tokenizer.chat_template = shipped_template("zephyr")
+    asked = policy_args(model=str(tmp_path))
+    assert adds_system_turn(asked) == added
+    assert not adds_system_turn(policy_args(model=str(tmp_path), chat_template="zephyr"))
+    assert not adds_system_turn(policy_args(model="someone/on-the-hub"))
+    for request in make_requests(prompts, tokenizer, max_tokens=4, window=None, date=DATE, add_system=adds_system_turn(asked)):
+        assert request.text.count("<|system|>") == added
 
 
 def test_a_response_ends_before_its_end_of_turn(policy_args, requests, tokenizer):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from alignment.errors import UserError
-from alignment.report.review.logs import log_signals, place_of, read_log
+from alignment.report.review.logs import log_signals, place_of, read_log, read_preferences
 from alignment.report.review.reading import read_run
 from alignment.report.review.verdict import log_flags, verdict_of
 
@@ -84,12 +84,45 @@ def test_numbers_written_as_text_are_numbers_and_nan_is_counted(tmp_path):
 @pytest.mark.parametrize("text", ["", "nothing here", '{"loss": 0.5}', "[1, 2]", "\x00\xff{", "{" * 5000])
 def test_a_file_without_a_preference_metric_is_refused_in_one_sentence(text, tmp_path):
     with pytest.raises(UserError, match="no preference metric"):
-        read_log(write(tmp_path, text))
+        read_preferences(write(tmp_path, text))
+
+
+MARGINS = '{"step": 1, "rewards/margins": 1.0}'
+
+
+@pytest.mark.parametrize("line", ["{{}}", "{[]: 1}", f'{{"rewards/margins": {"9" * 5000}}}', "[" * 5000, '{"step": {}}'])
+def test_a_line_that_is_no_record_harms_no_other(line, tmp_path):
+    assert read_log(write(tmp_path, MARGINS, line)).series("train", "rewards/margins") == [(1.0, 1.0)]
+
+
+def test_numbers_that_no_float_holds_are_not_finite_and_sums_of_large_ones_no_error(tmp_path):
+    huge = [f'{{"step": {step}, "rewards/margins": {value}}}' for step, value in enumerate((10**400, 1.5e308, 1.5e308))]
+    log = read_log(write(tmp_path, *huge))
+    assert log.not_finite == 1
+    assert log_signals(log).late_margin.n == 1
+    assert log_signals(read_log(write(tmp_path, *huge[1:], *huge[1:]))).late_margin.mean > 0
+
+
+def test_of_steps_that_a_resumed_run_logged_again_the_last_record_counts(tmp_path):
+    steps = [(1, 0.1), (2, 0.2), (3, 9.9), (4, 9.9), (3, 0.3), (4, 0.4), (5, 0.5)]
+    log = read_log(write(tmp_path, *(json.dumps({"step": step, "rewards/margins": value}) for step, value in steps)))
+    assert log.series("train", "rewards/margins") == [(1, 0.1), (2, 0.2), (3, 0.3), (4, 0.4), (5, 0.5)]
+
+
+def test_the_mean_loss_at_a_run_s_end_is_no_loss_of_its_last_step(tmp_path):
+    end = {"step": 2, "train_loss": 5.0, "train_runtime": 3.0}
+    log = read_log(write(tmp_path, '{"step": 1, "loss": 0.7}', '{"step": 2, "loss": 0.6}', json.dumps(end)))
+    assert log.series("train", "loss") == [(1, 0.7), (2, 0.6)]
 
 
 def test_the_first_of_several_held_out_sets_is_the_held_out_set(tmp_path):
     record = {"step": 1, "rewards/margins": 1.0, "eval_a_rewards/margins": 0.5, "eval_b_rewards/margins": 0.7}
     assert log_signals(read_log(write(tmp_path, json.dumps(record)))).held_out_margin.last == 0.5
+
+
+def test_a_held_out_set_with_a_loss_alone_is_not_taken_for_that_of_the_pairs(tmp_path):
+    records = [{"step": 1, "eval_loss": 0.5}, {"step": 1, "eval_pairs_rewards/margins": 0.7}]
+    assert log_signals(read_log(write(tmp_path, *map(json.dumps, records)))).held_out_margin.last == 0.7
 
 
 # ---- What a bare log is good for ----

@@ -104,13 +104,52 @@ def test_replies_before_and_after_are_matched_by_their_prompt(run):
 
 @pytest.mark.parametrize(("name", "text", "message"), [
     ("recipe.yaml", "a: [1", "recipe.yaml: not YAML"),
+    ("recipe.yaml", "- a\n- b\n", r"recipe.yaml: is \['a', 'b'\], not keys with values"),
     ("environment.json", "{", "environment.json: not JSON"),
+    ("environment.json", "[1]", r"environment.json: is \[1\], not keys with values"),
+    ("environment.json", "[" * 100_000, "environment.json: not JSON"),
     ("eval_pairs.jsonl", '{"step": 1, "index": 0}\n', "rows lack chosen_mean_logp, chosen_reward, chosen_tokens"),
 ])  # fmt: skip
 def test_a_damaged_file_is_named(name, text, message, run):
     (run / name).write_text(text)
     with pytest.raises(UserError, match=message):
         read_run(run)
+
+
+def test_a_row_without_a_number_where_one_is_needed_costs_that_row(run):
+    path = run / "eval_pairs.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    del rows[-1]["chosen_mean_logp"]
+    rows[-2]["rejected_reward"] = float("nan")
+    rows[-3]["step"] = "4"
+    rows[-4]["index"] = None
+    write_jsonl(path, rows)
+    found = read_run(run)
+    assert len(found.held_out) == 56
+    assert found.notes == ("eval_pairs.jsonl: 4 malformed lines left out",)
+
+
+@pytest.mark.parametrize("text", ["", '{"step": 1, "loss": 0.5}\n'])
+def test_a_log_without_preferences_is_a_note_beside_pairs_and_refused_without(text, run):
+    (run / "metrics.jsonl").write_text(text)
+    found = read_run(run)
+    assert verdict_of(found.signals()).name == "generalizing"
+    assert found.notes == (f"metrics.jsonl: no preference metric in {len(text.splitlines())} records",)
+    (run / "eval_pairs.jsonl").unlink()
+    (run / "probe_pairs.jsonl").unlink()
+    with pytest.raises(UserError, match=r"metrics\.jsonl: no preference metric"):
+        read_run(run)
+
+
+@pytest.mark.parametrize("objective", ["null", '"SimPO"', "3"])
+def test_an_objective_that_is_not_told_as_a_run_tells_it_is_not_known(objective, run):
+    (run / "environment.json").write_text(f'{{"objective": {objective}}}')
+    assert read_run(run).objective is None
+
+
+def test_a_step_that_was_chosen_on_held_out_pairs_is_so_too_where_they_are_scored_afterwards(run):
+    (run / "environment.json").write_text('{"is_chosen_step": true}')
+    assert verdict_of(read_run(run).signals()).name == "not decidable"
 
 
 def test_a_folder_without_a_run_and_a_path_that_is_not_there_are_refused(tmp_path):

@@ -18,7 +18,7 @@ AFTER = BEFORE + RNG.normal(0.3, 0.4, 120)
 
 def test_columns_survive_the_file():
     pairs = columns(BEFORE, AFTER, chosen_change=-0.3)
-    read = pairs_of(rows_of(pairs), "here")
+    read = pairs_of(rows_of(pairs))
     for side in ("before", "after"):
         assert getattr(read, side).d == pytest.approx(getattr(pairs, side).d)
         assert getattr(read, side).margin == pytest.approx(getattr(pairs, side).margin)
@@ -69,20 +69,20 @@ def test_saturation_is_what_the_loss_has_left_to_pull_at():
 
 def test_without_step_0_there_is_accuracy_and_no_change():
     rows = [row for row in rows_of(columns(BEFORE, AFTER)) if row["step"] > 0]
-    found = pair_signals(pairs_of(rows, "here"))
+    found = pair_signals(pairs_of(rows))
     assert found.accuracy_after.value == (AFTER > 0).mean()
     assert (found.accuracy_change, found.d_change, found.chosen_change, found.matched.change) == (None, None, None, None)
 
 
 def test_pairs_of_one_prompt_are_known_by_its_hash():
     prompts = np.repeat(np.arange(30), 4)
-    found = pair_signals(pairs_of(rows_of(columns(BEFORE, AFTER, prompts=prompts)), "here"))
+    found = pair_signals(pairs_of(rows_of(columns(BEFORE, AFTER, prompts=prompts))))
     assert (found.n, found.prompts, found.d_change.df) == (120, 30, 29)
 
 
 def test_a_pair_that_one_of_the_looks_lacks_is_left_out():
     rows = rows_of(columns(BEFORE, AFTER))
-    read = pairs_of([row for row in rows if not (row["step"] == 0 and row["index"] == 5)], "here")
+    read = pairs_of([row for row in rows if not (row["step"] == 0 and row["index"] == 5)])
     assert (len(read), read.after.d) == (119, pytest.approx(np.delete(AFTER, 5)))
 
 

@@ -100,6 +100,14 @@ def test_one_prompt_alone_has_no_interval():
     assert share_of(np.ones(30, dtype=bool), prompts)[1:4] == (0.0, 1.0, 1.0)
 
 
+def test_pairs_of_few_prompts_that_are_all_right_are_the_evidence_of_those_prompts():
+    """Where nothing varies, nothing shows that pairs of a prompt tell more than one of them."""
+    hits, prompts = np.ones(40, dtype=bool), np.repeat(np.arange(10), 4)
+    assert variance_of_mean(hits.astype(float), prompts) == (0.0, 10, 4.0)
+    assert share_of(hits, prompts)[1:4] == pytest.approx(wilson(1.0, 10, 9))
+    assert share_of(hits, prompts).low < share_of(hits, np.arange(40)).low
+
+
 def test_values_that_do_not_vary_have_an_interval_of_one_point():
     estimate = mean_of(np.zeros(30), alone(30))
     assert (estimate.low, estimate.high, estimate.p) == (0, 0, 1)
