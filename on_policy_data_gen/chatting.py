@@ -11,7 +11,6 @@ from transformers import TextStreamer
 from alignment.data.prompts import prompt_of
 from alignment.data.template import Turns
 from alignment.errors import Problem, UserError
-from alignment.model.loading import positions
 from alignment.recipe.values import expanded
 from alignment.run.run_folder import today
 
@@ -20,7 +19,7 @@ from .engines import check_engine, open_engine
 from .in_process import TransformersEngine
 from .prompts import read_prompts
 from .responses import sample, stage_settings
-from .sampling import adds_system_turn, make_requests, policy_tokenizer, sampling_of
+from .sampling import policy_tokenizer, requests_to, sampling_of
 from .stages import finish, stage, write_lines
 
 
@@ -57,19 +56,12 @@ def answer_file(policy: PolicyArguments, args: GenerateArguments) -> None:
     """A row for each prompt of the input that there is room for, in its order: prompt_id, messages, tokens, finish_reason."""
     asked = PromptArguments(data_dir=args.input, prompt_split=args.prompt_split, prompt_column=args.prompt_column)
     tokenizer, prompts, output = policy_tokenizer(policy), read_prompts(asked), Path(args.output)
-    sampling, window = sampling_of(policy, tokenizer), positions(policy.model_arguments())
+    sampling = sampling_of(policy, tokenizer)
     settings = {"seed": args.seed, **stage_settings(asked, policy, prompts, tokenizer, sampling)}
     with stage(output.parent, output.stem, settings, date=today(), makes=[output]) as begun:
         if begun is None:
             return
-        requests = make_requests(
-            prompts,
-            tokenizer,
-            max_tokens=sampling.max_tokens,
-            window=window,
-            date=begun.date,
-            add_system=adds_system_turn(policy),
-        )
+        requests = requests_to(policy, prompts, tokenizer, sampling, date=begun.date)
         done = begun.everyones()
         missing = [request for request in requests if request.id not in done]
         if missing:
@@ -103,7 +95,7 @@ def chat(policy: PolicyArguments, args: GenerateArguments) -> None:
     if PartialState().num_processes > 1:
         raise UserError("a conversation is held by one process; start one")
     tokenizer = policy_tokenizer(policy)
-    sampling, window = sampling_of(policy, tokenizer), positions(policy.model_arguments())
+    sampling = sampling_of(policy, tokenizer)
     engine = open_engine(policy, tokenizer, sampling)
     streams = isinstance(engine, TransformersEngine) and sys.stdout.isatty()
     options = {"streamer": TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)} if streams else {}
@@ -115,10 +107,7 @@ def chat(policy: PolicyArguments, args: GenerateArguments) -> None:
                 turns = [*opening]
                 continue
             turns.append({"role": "user", "content": said})
-            (request,) = make_requests(
-                [prompt_of(turns)], tokenizer, max_tokens=sampling.max_tokens, window=window, date=today(),
-                add_system=adds_system_turn(policy), quiet=True,
-            )  # fmt: skip
+            (request,) = requests_to(policy, [prompt_of(turns)], tokenizer, sampling, date=today(), quiet=True)
             (answer,) = engine.answers([request], args.seed, **options)
             if not streams:
                 print(answer.text, flush=True)

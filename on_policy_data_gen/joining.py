@@ -48,7 +48,7 @@ def pass_files(folder: Path) -> list[Path]:
     """output*.json, by seed. Raises UserError if there are fewer than two, or if one is only half made."""
     files = sorted(folder.glob("output*.json"), key=lambda file: [int(word) for word in re.findall(r"\d+", file.name)])
     half = sorted({path.name.split(".")[0] for path in (folder / FOLDER).glob("output*.jsonl")})
-    half = [name for name in half if read_record(folder / FOLDER, name)["state"] != "finished"]
+    half = [name for name in half if (read_record(folder / FOLDER, name) or {}).get("state") != "finished"]
     if half:
         raise UserError(
             f"{folder}: {', '.join(half)} {'is' if len(half) == 1 else 'are'} half done; let decode.py finish first, or delete "

@@ -8,7 +8,7 @@ from typing import Any
 
 from alignment.data.mixing import counts_text
 from alignment.data.prompts import Prompt, parsed, prompt_of, records_of
-from alignment.data.rows import TEMPLATE_COLUMNS
+from alignment.data.rows import TEMPLATE_COLUMNS, is_unicode
 from alignment.data.sources import Rows, Source, load_rows, open_source
 from alignment.errors import UserError
 
@@ -95,4 +95,6 @@ def texts_of(row: dict[str, Any], key: str, place: str) -> list[str]:
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise UserError(f"{place}: {key} is {value!r:.80}, not text")
+    if not all(map(is_unicode, texts)):
+        raise UserError(f"{place}: {key} is {value!r:.80}, with half of a character (\\ud800 to \\udfff) in it")
     return texts

@@ -13,13 +13,12 @@ from transformers import PreTrainedTokenizerBase
 
 from alignment.data.prompts import Prompt, as_published
 from alignment.model.adapters import start_identity
-from alignment.model.loading import positions
 from alignment.run.run_folder import today
 
 from .configs import PolicyArguments, PromptArguments
 from .engines import check_engine, open_engine
 from .prompts import read_prompts
-from .sampling import Engine, Request, Sampling, adds_system_turn, make_requests, policy_tokenizer, sampling_of
+from .sampling import Engine, Request, Sampling, adds_system_turn, policy_tokenizer, requests_to, sampling_of
 from .stages import FOLDER, Stage, finish, read_record, share, stage, write_rows
 
 logger = logging.getLogger(__name__)
@@ -39,8 +38,7 @@ def decode(prompt_args: PromptArguments, policy_args: PolicyArguments, seeds: Se
     """Sample for each seed what is not there yet. The model is loaded once, and only if something is missing."""
     check_engine(policy_args)
     tokenizer = policy_tokenizer(policy_args)
-    sampling, window = sampling_of(policy_args, tokenizer), positions(policy_args.model_arguments())
-    prompts = read_prompts(prompt_args)
+    sampling, prompts = sampling_of(policy_args, tokenizer), read_prompts(prompt_args)
     known = stage_settings(prompt_args, policy_args, prompts, tokenizer, sampling)
     engine = None
     try:
@@ -50,14 +48,7 @@ def decode(prompt_args: PromptArguments, policy_args: PolicyArguments, seeds: Se
                 if begun is None:
                     logger.info("%s: is finished.", final)
                     continue
-                requests = make_requests(
-                    prompts,
-                    tokenizer,
-                    max_tokens=sampling.max_tokens,
-                    window=window,
-                    date=begun.date,
-                    add_system=adds_system_turn(policy_args),
-                )
+                requests = requests_to(policy_args, prompts, tokenizer, sampling, date=begun.date)
                 done = begun.everyones()
                 missing = sorted((one for one in requests if one.id not in done), key=lambda one: -len(one.ids))
                 if missing and engine is None:

@@ -12,7 +12,7 @@ from alignment.data.prompts import Prompt, as_read
 from alignment.data.splits import templated_tokenizer
 from alignment.errors import UserError
 from alignment.model.endings import end_of_turn
-from alignment.model.loading import weights_source
+from alignment.model.loading import positions, weights_source
 from alignment.run.checkpoints import training_of
 
 from .configs import PolicyArguments
@@ -83,6 +83,22 @@ def stop_ids(args: PolicyArguments, tokenizer: PreTrainedTokenizerBase) -> list[
 def adds_system_turn(args: PolicyArguments) -> bool:
     """Whether the policy is asked behind an empty system turn, as it was trained."""
     return args.chat_template is None and training_of(args.model).behind_system_turn
+
+
+def requests_to(
+    policy: PolicyArguments,
+    prompts: Sequence[Prompt],
+    tokenizer: PreTrainedTokenizerBase,
+    sampling: Sampling,
+    *,
+    date: str,
+    quiet: bool = False,
+) -> list[Request]:
+    """`make_requests` of a policy, as long as it has positions, and behind what it was trained behind."""
+    window, add_system = positions(policy.model_arguments()), adds_system_turn(policy)
+    return make_requests(
+        prompts, tokenizer, max_tokens=sampling.max_tokens, window=window, date=date, add_system=add_system, quiet=quiet
+    )
 
 
 def make_requests(

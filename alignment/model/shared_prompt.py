@@ -349,6 +349,8 @@ def describe_kernel(model: PreTrainedModel, device: torch.device, *, layout: str
     name = asked_attention(config)
     if layout == "padded":
         return f"{name}, as transformers has it"
+    if name == "flex_attention":
+        return "flex_attention, as asked"
     if device.type != "cuda":
         return f"{name}, segment by segment"
     if name == "eager" and layout == "kept":

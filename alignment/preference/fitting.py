@@ -13,13 +13,14 @@ from accelerate.utils import DistributedType, broadcast_object_list
 from datasets import Dataset
 from peft import PeftModel
 from torch import nn
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 
 from ..data.prepare import pair_tokens
 from ..launch.strategy import strategy_of
 from ..model.config_files import whole_model
 from ..model.layers import recomputable_layers, recompute_first
 from ..model.shared_prompt import asked_attention
+from ..model.text_part import other_parts
 from ..recipe.values import text
 from ..run.guards import GuardedSteps
 from .collate import PaddedCollator, on_device
@@ -45,7 +46,8 @@ class FittedSteps(GuardedSteps):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.parameters = sum(map(elements_of, self.model.parameters()))  # before any of them is divided among processes
+        # Before any of them is divided among processes.
+        self.parameters, self.outside = sum(map(elements_of, self.model.parameters())), outside_text(whole_model(self.model))
         self.by_tokens, self.wish = asked_for(self.args, on_gpu=is_gpu(self.args.device))
         is_known = self.wish.recompute_layers is not None and (self.wish.max_tokens is not None or not self.by_tokens)
         self.division: Division | None = Division(*self.wish) if is_known else None
@@ -299,6 +301,7 @@ def memory_plan(trainer: FittedSteps) -> Plan:
         pair=pair,
         device_type=args.device.type,
         liger=bool(args.use_liger_kernel),
+        outside=trainer.outside,
     )
 
 
@@ -320,6 +323,12 @@ def elements_of(parameter: nn.Parameter) -> int:
     if type(parameter).__name__ == "Params4bit":
         return 2 * parameter.nbytes
     return getattr(parameter, "ds_numel", parameter.numel())
+
+
+def outside_text(policy: PreTrainedModel) -> int:
+    """Elements that no text passes."""
+    modules = map(policy.get_submodule, other_parts(policy))
+    return sum(elements_of(parameter) for module in modules for parameter in module.parameters())
 
 
 def lora_of(model: nn.Module) -> Lora | None:

@@ -67,6 +67,7 @@ class Plan:
     accumulates: whether gradients of an earlier micro-batch are there when one begins.
     whole_gradients: FSDP keeps gradients unsharded until the last micro-batch of a step (`no_sync`).
     device_type: "cuda" (TRL's head, attention by a fused kernel) or "cpu" (the head in tiles, attention segment by segment).
+    outside: elements of towers for images and sound, which text does not pass and nothing trains.
     zero_bucket, zero_live: DeepSpeed's reduce_bucket_size and stage3_max_live_parameters, in elements.
     """
 
@@ -85,6 +86,7 @@ class Plan:
     pair: Pair = field(default_factory=Pair)
     device_type: str = "cuda"
     liger: bool = False
+    outside: int = 0
     zero_bucket: int = ZERO_BUCKET
     zero_live: int = ZERO3_LIVE
 
@@ -277,11 +279,22 @@ def held_bytes(plan: Plan, layer: Weights, rest: Weights, layers: int) -> Held:
     total = Weights(*(own + layers * each for own, each in zip(rest, layer, strict=True)))
     total = total._replace(largest=max(rest.largest, layer.largest))
     if plan.strategy.startswith("zero"):
-        return zero_bytes(plan, total)
-    states, step = (0.0, 0.0) if plan.optimizer is None else optimizer_bytes(plan, total)
-    return Held(
-        total.parameters, total.trained, earlier_bytes(plan, total), states, communication_bytes(plan, total), step, 1.0
-    )
+        held = zero_bytes(plan, total)
+    else:
+        states, step = (0.0, 0.0) if plan.optimizer is None else optimizer_bytes(plan, total)
+        parts = (earlier_bytes(plan, total), states, communication_bytes(plan, total), step, 1.0)
+        held = Held(total.parameters, total.trained, *parts)
+    return held._replace(parameters=held.parameters + outside_bytes(plan))
+
+
+def outside_bytes(plan: Plan) -> float:
+    """What text does not pass: whole, or each process's share; FSDP gathers it with the embedding."""
+    compute = (plan.compute_dtype or plan.dtype).itemsize
+    width = plan.quantised / 8 if plan.quantised else compute if plan.strategy.startswith("zero") else plan.dtype.itemsize
+    if plan.strategy in ("single", "ddp", "zero2"):
+        return plan.outside * width
+    gathered = compute if plan.strategy.startswith("fsdp") else 0
+    return plan.outside * (width / plan.processes + gathered)
 
 
 def earlier_bytes(plan: Plan, weights: Weights) -> float:

@@ -11,10 +11,11 @@ from datasets import Dataset
 
 from ..data.prepare import pair_tokens
 from ..model.adapter_checks import bits_of
+from ..model.config_files import whole_model
 from ..model.layers import optimizer_used, uses_liger
 from ..preference.configs import PairConfig
 from ..preference.division import Division, Wish, fastest
-from ..preference.fitting import asked_for, attention_held, has_earlier_gradients, lora_of
+from ..preference.fitting import asked_for, attention_held, has_earlier_gradients, lora_of, outside_text
 from ..preference.memory import CONTEXT_GIB, GIB, MemoryModel, Pair, Peak, Plan
 from ..recipe.configs import ModelArguments
 from ..recipe.values import text
@@ -88,6 +89,7 @@ def plan_of(
         pair=Pair(*(max(length, 1) for length in middle.values())),
         device_type="cuda" if on_gpu else "cpu",
         liger=uses_liger(meant["use_liger_kernel"], on_gpu=on_gpu),
+        outside=outside_text(whole_model(skeleton.model)),
     )
 
 

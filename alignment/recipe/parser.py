@@ -576,7 +576,7 @@ def without_secrets(recipe: Mapping[str, Any]) -> dict[str, Any]:
     return {
         key: without_secrets(value) if isinstance(value, dict) else value
         for key, value in recipe.items()
-        if not (is_secret(key) and isinstance(value, str))
+        if not (is_secret(str(key)) and isinstance(value, str))
     }
 
 

@@ -160,7 +160,7 @@ def write(page: Page, folder: Path, names: tuple[str, str] = ("review.md", "repo
     found = []
     for name, text in zip(names, (markdown(page), html(page)), strict=True):
         path, staged = folder / name, folder / f".{name}.new"
-        staged.write_text(text, encoding="utf-8")
+        staged.write_text(text, encoding="utf-8", errors="backslashreplace")  # records hold halves of characters at times
         staged.replace(path)
         found.append(path)
     return found[0], found[1]

@@ -103,8 +103,8 @@ def pairs_of(rows: Sequence[Row]) -> Pairs | None:
     if not shared or steps[-1] == 0:
         return None
     after, before = [last[index] for index in shared], [first[index] for index in shared] if first else None
-    is_known = all(name in row for row in after for name in IDENTITY)
-    prompt_names = [row["prompt_sha256"] if "prompt_sha256" in row else row["index"] for row in after]
+    is_known = all(isinstance(row.get(name), str) for row in after for name in IDENTITY)
+    prompt_names = [row["prompt_sha256"] if isinstance(row.get("prompt_sha256"), str) else row["index"] for row in after]
     numbers = {name: number for number, name in enumerate(dict.fromkeys(prompt_names))}
     return Pairs(
         prompts=np.array([numbers[name] for name in prompt_names]),

@@ -222,7 +222,7 @@ def replies_of(
     lengths = tokens or ([len(text) for text in before], [len(text) for text in after])
     changes = []
     for old, new in zip(before, after, strict=True):
-        first, second = old.encode(), new.encode()
+        first, second = (text.encode(errors="backslashreplace") for text in (old, new))
         size = min(len(first), len(second))
         if size >= REPLY_BYTES:
             changes.append(zlib_ratio(second[:size]) - zlib_ratio(first[:size]))

@@ -726,6 +726,16 @@ def test_the_kernel_that_is_named_is_the_one_that_computes_there(asked, layout, 
     assert said in describe_kernel(model, torch.device("cuda"), layout=layout, half=half)
 
 
+@pytest.mark.parametrize(
+    ("asked", "said"), [("sdpa", "sdpa, segment by segment"), ("flex_attention", "flex_attention, as asked")]
+)
+def test_flex_attention_is_itself_on_a_cpu_too(asked, said):
+    model = tiny_model()
+    model.config._attn_implementation_internal = asked
+    use_shared_prompts(model)
+    assert describe_kernel(model, torch.device("cpu"), layout="packed", half=False) == said
+
+
 def test_flex_attention_refuses_dropout():
     ask = ask_of(shared_prompt_layout(LENGTHS), implementation="flex_attention")._replace(dropout=0.5)
     with pytest.raises(UserError, match=r"0\.5.*flex_attention.*disable_dropout: true"):

@@ -1,6 +1,7 @@
 """A policy that also sees: text trains its language model, and nothing waits for the rest."""
 
 import pytest
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model_state_dict
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration, PreTrainedModel, Qwen2VLConfig, TrainingArguments
 
@@ -9,6 +10,7 @@ from alignment.model.adapters import add_adapter
 from alignment.model.layers import recomputable_layers, recompute_first
 from alignment.model.loading import check_model_path
 from alignment.model.text_part import freeze_other_parts, other_parts
+from alignment.preference.fitting import memory_plan
 from alignment.recipe.configs import ModelArguments
 from scripts.simpo_config import SimPOConfig
 from scripts.simpo_trainer import SimPOTrainer
@@ -45,6 +47,16 @@ def test_every_parameter_that_is_trained_gets_a_gradient(tmp_path):
     trainer.compute_loss(trainer.model, trainer.data_collator(rows)).backward()
     without = [name for name, p in trainer.model.named_parameters() if p.requires_grad and p.grad is None]
     assert without == []
+
+
+def test_what_text_does_not_pass_is_known_to_the_memory_estimate(tmp_path):
+    args = SimPOConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    rows = Dataset.from_list(builders.token_rows([(4, 3, 5), (2, 6, 3)]))
+    trainer = SimPOTrainer(seeing_model(), args, rows, processing_class=builders.bpe_tokenizer())
+    frozen = sum(p.numel() for name, p in trainer.model.named_parameters() if name.startswith(tuple(SEEING)))
+    assert memory_plan(trainer).outside == frozen > 0
+    trainer = SimPOTrainer(builders.tiny_model("gemma2"), args, rows, processing_class=builders.bpe_tokenizer())
+    assert memory_plan(trainer).outside == 0
 
 
 @pytest.mark.parametrize("adapted", [False, True])

@@ -179,6 +179,13 @@ def test_rewards_that_are_no_numbers_are_refused_at_their_row(scores, tmp_path):
         read_responses(file)
 
 
+def test_a_response_with_half_of_a_character_is_refused_at_its_row(tmp_path):
+    file = tmp_path / "responses.json"
+    file.write_text('[{"prompt": "Hello", "all_generated_responses": ["a", "b \\ud83d"]}]')
+    with pytest.raises(UserError, match=r"responses\.json.*all_generated_responses is .* with half of a character"):
+        read_responses(file)
+
+
 def test_a_margin_rule_needs_a_margin():
     with pytest.raises(UserError, match="needs min_margin or max_margin"):
         PairArguments(pair_rule="margin")

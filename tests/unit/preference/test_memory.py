@@ -184,6 +184,16 @@ def test_what_is_sharded_is_held_in_parts(strategies):
     assert optimizer == pytest.approx({"single": 8, "ddp": 8, "zero2": 3, "zero3": 3, "fsdp1": 2, "fsdp2": 2}, rel=1e-3)
 
 
+def test_a_tower_that_no_text_passes_is_held_whole_or_in_parts(strategies):
+    """1e9 elements: float32, or bf16 with ZeRO; FSDP gathers them in bf16 besides."""
+    held = {}
+    for name, model in strategies.items():
+        with_tower = replace(model, plan=replace(model.plan, outside=10**9))
+        held[name] = (with_tower.peak(2048).total - model.peak(2048).total) / 1e9
+    wanted = {"single": 4, "ddp": 4, "zero2": 2, "zero3": 0.5, "fsdp1": 1 + 2, "fsdp2": 1 + 2}
+    assert held == pytest.approx(wanted)
+
+
 def test_gradients_kept_whole_between_micro_batches_cost_what_sharding_saved():
     plan = Plan(LLAMA_8B, compute_dtype=torch.bfloat16, strategy="fsdp2", processes=4, optimizer="adamw_torch_fused")
     sharded, whole = (model.peak(8192).total / GIB for model in estimates([plan, replace(plan, whole_gradients=True)]))

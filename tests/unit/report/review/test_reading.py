@@ -129,6 +129,16 @@ def test_a_row_without_a_number_where_one_is_needed_costs_that_row(run):
     assert found.notes == ("eval_pairs.jsonl: 4 malformed lines left out",)
 
 
+@pytest.mark.parametrize("hash_", [None, 3, ["a"], {"a": 1}])
+def test_hashes_that_are_none_leave_pairs_that_no_other_run_s_are_matched_by(hash_, run):
+    path = run / "eval_pairs.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    write_jsonl(path, [row | {"chosen_sha256": hash_} for row in rows])
+    assert read_run(run).held_out.keys is None
+    write_jsonl(path, [row | {"prompt_sha256": hash_} for row in rows])
+    assert len(set(read_run(run).held_out.prompts)) == 60
+
+
 @pytest.mark.parametrize("text", ["", '{"step": 1, "loss": 0.5}\n'])
 def test_a_log_without_preferences_is_a_note_beside_pairs_and_refused_without(text, run):
     (run / "metrics.jsonl").write_text(text)
