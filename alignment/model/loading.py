@@ -39,13 +39,12 @@ from transformers.utils import (
 from ..errors import UserError, reason_of
 from ..launch.launch import launcher_strategy, receives_weights
 from ..recipe.configs import DataArguments, ModelArguments
-from .tokenizer_files import load_as_written
+from .tokenizer_files import load_as_written, unreadable_file
 
 MERGED_BASE = "base"  # in the run folder: the model that an SFT adapter was merged into, and that a new adapter belongs to
 MERGED_FROM = "merged_from.json"
 # What reading a model may end in: its files, the Hub, the way to it (a proxy that needs a package, an address that is none).
 HUB_ERRORS = (OSError, ValueError, ImportError, HTTPError, SafetensorError)
-LFS_POINTER = b"version https://git-lfs"
 SHARDED = {"zero3": "ZeRO-3", "fsdp1": "FSDP 1", "fsdp2": "FSDP 2"}  # strategies that divide parameters among processes
 FLASH_PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
 # Files that make a folder a model, also with an adapter beside them.
@@ -250,14 +249,7 @@ def refuse_damaged_weights(folder: Path) -> None:
             with safe_open(file, framework="pt"):
                 pass
         except (SafetensorError, OSError) as error:
-            with file.open("rb") as beginning:
-                is_pointer = beginning.read(len(LFS_POINTER)) == LFS_POINTER
-            way_out = (
-                "a pointer of Git LFS: run `git lfs pull` there"
-                if is_pointer
-                else f"damaged ({reason_of(error)}); copy it again"
-            )
-            raise UserError(f"model_name_or_path = {str(folder)!r}: {file.name} is {way_out}") from error
+            raise UserError(f"model_name_or_path = {str(folder)!r}: {unreadable_file(file, error)}") from error
 
 
 def positions(model_args: ModelArguments) -> int | None:

@@ -314,6 +314,21 @@ def test_weights_that_came_in_part_are_refused_before_any_data_is_read(content, 
     assert said in str(refusal.value)
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('{"version": "1.0", "trunc', "tokenizer.json is damaged ("),
+        ("version https://git-lfs.github.com/spec/v1\nsize 9\n", "tokenizer.json is a pointer of Git LFS: run `git lfs pull`"),
+    ],
+)
+def test_a_tokenizer_that_came_in_part_is_refused(content, said, tmp_path):
+    bpe_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(content, encoding="utf-8")
+    with pytest.raises(UserError) as refusal:
+        load_tokenizer(ModelArguments(str(tmp_path)), DataArguments())
+    assert str(refusal.value).startswith(f"model_name_or_path = {str(tmp_path)!r}: its tokenizer cannot be loaded ({said}")
+
+
 @pytest.mark.parametrize(("key", "words"), [("model_name_or_path", "configuration"), ("tokenizer_name_or_path", "tokenizer")])
 def test_a_folder_that_there_is_not_is_named_by_its_key_and_not_taken_for_the_hubs(key, words, tmp_path):
     tiny_model().save_pretrained(tmp_path / "model")
