@@ -58,8 +58,17 @@ def save(trainer: DurableTrainer, run_: Run) -> None:
         folder = Path(trainer.args.output_dir)
         for source in companion_folders(run_.model_args):
             copy_companions(source, folder)
-        logger.info("Model saved to %s.", folder)
+        logger.info("Model saved to %s%s.", folder, f": {kept}" if (kept := best_step(trainer)) else "")
     decided_by_main(lambda: refuse_another_end(trainer, rows, wanted))
+
+
+def best_step(trainer: DurableTrainer) -> str:
+    """Which step's weights are saved, where those are not the last one's."""
+    args, state = trainer.args, trainer.state
+    if not args.load_best_model_at_end or state.best_global_step in (None, state.global_step):
+        return ""
+    figure = f"{args.metric_for_best_model} {state.best_metric:.4g}"
+    return f"of step {state.best_global_step}, the best of {state.global_step} ({figure})"
 
 
 def round_to_saved(trainer: DurableTrainer) -> None:
@@ -120,6 +129,8 @@ def files_facts(trainer: DurableTrainer, run_: Run) -> dict[str, Any]:
                 "log-probabilities than those above"
             )
             tags.append(f"{bits}-bit")
+    if kept := best_step(trainer):
+        rows["Weights"] += f", {kept}"
     if licence:
         rows["Licence of the base"] = str(licence.get("license_name") or licence["license"])
     as_saved = [record for record in trainer.state.log_history if "eval_loss" in record][-1:]

@@ -39,7 +39,7 @@ from .recipe.rehearsal import loading_problems, metric_problem, rehearse
 from .run.checkpoints import Checkpoint, Identity
 from .run.durable import TRAINER_STATE, DurableTrainer, EvaluationCut
 from .run.failures import DISK_FULL, record_crash, report
-from .run.hub import bounded, check_hub, push_run, repository_name
+from .run.hub import bounded, check_hub, push_run
 from .run.output import log_to_stdout, outlast_readers
 from .run.records import RunRecords, write_jsonl, write_run_folder
 from .run.resuming import (
@@ -416,8 +416,6 @@ def finish(trainer: Trainer, run_: Run) -> None:
 
         records, picture = read_metrics(run_.output_dir / "metrics.jsonl"), run_.output_dir / "curves.png"
         plot_curves(records, picture, run_.output_dir.name, run_.training_args.objective)
-    if trainer.args.push_to_hub:
-        trainer.hub_model_id = repository_name(trainer.args)  # for TRL's card
     trainer.create_model_card()
     if trainer.is_world_process_zero():
         describe_files(trainer, run_)

@@ -1,7 +1,7 @@
 """The data set's README.md: what made it, what was left out, what it is like."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ from .configs import PairArguments
 Row = dict[str, Any]
 Count = Callable[[list[str]], list[int]]
 """Lengths of texts."""
+LIMITS = (1024, 2048, 4096)  # usual values of max_length, which cuts what is longer
 
 
 def data_card(
@@ -47,18 +48,31 @@ def line_of(cells: Sequence[Any]) -> str:
     return "| " + " | ".join(texts) + " |"
 
 
-def statistics(rows: Sequence[Row], count: Count) -> dict[str, str]:
-    """Of one split's pairs: how many, how long, which side is longer, how far apart the rewards are."""
+def prompt_text(row: Row) -> str:
+    return "\n".join(turn["content"] for turn in row["chosen"][:-1])
+
+
+def statistics(rows: Sequence[Row], count: Count, trained_on: Collection[str] = ()) -> dict[str, str]:
+    """Of one split's pairs what a dry run tells of them: how many, how long, how many alike, which side is longer; and rewards.
+
+    trained_on: prompts of the training split, for one that is held out.
+    """
+    prompts = list(map(prompt_text, rows))
     lengths = {
-        "prompt": np.array(count(["\n".join(turn["content"] for turn in row["chosen"][:-1]) for row in rows])),
+        "prompt": np.array(count(prompts)),
         **{side: np.array(count([row[side][-1]["content"] for row in rows])) for side in ("chosen", "rejected")},
     }
     chosen, rejected = lengths["chosen"], lengths["rejected"]
+    whole = lengths["prompt"] + np.maximum(chosen, rejected)
     margins = np.array([row["chosen_score"] - row["rejected_score"] for row in rows])
     return {
         "pairs": f"{len(rows):,}",
         "prompts": f"{len({row['prompt_id'] for row in rows}):,}",
         **{f"length, {name}": spread(counts) for name, counts in lengths.items()},
+        **{f"longer than {limit:,}, prompt and reply": f"{np.sum(whole > limit):,}" for limit in LIMITS},
+        "both replies the same": f"{sum(row['chosen'][-1]['content'] == row['rejected'][-1]['content'] for row in rows):,}",
+        "prompt of an earlier pair": f"{len(rows) - len({*prompts}):,}",
+        "prompt that is trained on": f"{sum(prompt in trained_on for prompt in prompts):,}" if trained_on else "",
         "the longer one is chosen": f"{np.mean(chosen > rejected):.1%}",
         "the shorter one is chosen": f"{np.mean(chosen < rejected):.1%}",
         "reward, chosen": spread(np.array([row["chosen_score"] for row in rows]), ".4g"),

@@ -21,7 +21,7 @@ from alignment.errors import UserError, reason_of
 from alignment.model.tokenizer_files import load_as_written
 from alignment.run.run_folder import today
 
-from .card import Count, data_card, paired_with, sampled_with, scored_with, statistics
+from .card import Count, data_card, paired_with, prompt_text, sampled_with, scored_with, statistics
 from .configs import PairArguments
 from .pairing import Pair, PairRule, choose_pairs, held_out
 from .scoring import Scored, conversation, published_row, responses_hash
@@ -83,12 +83,13 @@ def write_pairs(
     told = {"prompts with scored responses": len(rows), "pairs": len(pairs)}
     told |= {f"left out or remarkable: {what}": count for what, count in {**before, **counts, **left_out}.items()}
     unit, count = measure(known)
+    trained_on = {*map(prompt_text, splits["train"])}
     card = data_card(
         folder=str(folder),
         made_by=[*sampled_with(known.joined.get("sampling", {})), *scored_with(known.scored), *paired_with(args)],
         counts=told,
         unit=unit,
-        splits={name: statistics(own, count) for name, own in splits.items()},
+        splits={name: statistics(own, count, trained_on if name != "train" else ()) for name, own in splits.items()},
     )
     write_rows(final, pairs)
     save_splits(folder, splits, card)

@@ -7,26 +7,41 @@ conversation on the terminal, in the template that is saved with the model; /new
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
 
 from alignment.launch.opening import opening
 
+# Options that the short help tells of, and what stands for their values there.
+MOST_NEEDED = {
+    "input": "PROMPTS",
+    "output": "FILE",
+    "system": "TEXT",
+    "temperature": "T",
+    "max_tokens": "N",
+    "seed": "N",
+    "batch_size": "N",
+    "use_cpu": "",
+}
+
 
 def short_help() -> argparse.ArgumentParser:
-    """What most need, told at once; the options themselves are read by the suite's own parser, with its errors."""
+    """What most need, as the fields say it; the options themselves are read by the suite's own parser, with its errors."""
+    with opening():
+        from on_policy_data_gen.chatting import GenerateArguments
+        from on_policy_data_gen.configs import PolicyArguments
+    fields_of = {each.name: each for kind in (PolicyArguments, GenerateArguments) for each in fields(kind)}
     given = argparse.ArgumentParser(
         description=__doc__.partition("\n")[0],
         usage="%(prog)s MODEL [--input PROMPTS --output RESPONSES.jsonl] [--key=value ...]",
         epilog="--help_all lists every option: engines (vLLM, a server), templates, precision.",
     )
     given.add_argument("model", metavar="MODEL", help="folder or Hub name of a model, an adapter or a checkpoint")
-    given.add_argument("--input", metavar="PROMPTS", help="JSONL, JSON, Parquet or a data set of prompts, or of conversations")
-    given.add_argument("--output", metavar="FILE", help="JSONL of the replies, with their conversations")
-    given.add_argument("--system", metavar="TEXT", help="system turn of a conversation")
-    given.add_argument("--temperature", metavar="T", help="0 takes the likeliest token (default: 0.8)")
-    given.add_argument("--max_tokens", metavar="N", help="of a reply (default: 4096)")
-    given.add_argument("--seed", metavar="N", help="of what is drawn (default: 42)")
-    given.add_argument("--batch_size", metavar="N", help="prompts of a file that are answered at a time (default: 16)")
-    given.add_argument("--use_cpu", action="store_true", help="also where there is a GPU")
+    for name, metavar in MOST_NEEDED.items():
+        option = fields_of[name]
+        default = "" if option.default in (None, False) else f" (default: {option.default})"
+        kind: dict[str, Any] = {"action": "store_true"} if option.default is False else {"metavar": metavar}
+        given.add_argument(f"--{name}", **kind, help=(option.metadata["help"] + default).replace("%", "%%"))
     return given
 
 

@@ -46,7 +46,13 @@ class SFTConfig(RunArguments, trl.SFTConfig):
 
     @property
     def objective(self) -> Objective:
-        return Objective("SFT", "Supervised fine-tuning", "-log p(token), mean over tokens", {})
+        return Objective(
+            "SFT",
+            "Supervised fine-tuning",
+            "-log p(token), mean over tokens",
+            {},
+            "every token of a conversation is to be predicted from those before it.",
+        )
 
     def problems(self) -> list[Problem]:
         problems = super().problems() + rule_problems(self, {**TOKENIZED_BEFORE, BUDGET: RANGES[BUDGET]})

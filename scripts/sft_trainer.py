@@ -19,6 +19,7 @@ from alignment.preference.collate import Batch, Row, Rows, parts_by_tokens
 from alignment.preference.division import Division, read_division, write_division
 from alignment.preference.fitting import is_gpu
 from alignment.preference.metrics import RunningMeans
+from alignment.run.card import write_card
 from alignment.run.durable import DurableTrainer
 
 logger = logging.getLogger(__name__)
@@ -36,6 +37,10 @@ class SFTTrainer(StepsByTokens, DurableTrainer, trl.SFTTrainer):
     max_tokens: int | None = None  # of a micro-batch; None: a fixed count of conversations
 
     def __init__(self, *args: Any, **kwargs: Any):
+        # For the model card; the pipeline knows them.
+        self.base_model_name: str | None = None
+        self.dataset_names: list[str] = []
+        self.template_settings: dict[str, Any] | None = None
         super().__init__(*args, **kwargs)
         # Behind TRL's constructor, which calls the setting deprecated; the Trainer reads both when training begins.
         use_fused_kernels(self.args)
@@ -202,6 +207,16 @@ class SFTTrainer(StepsByTokens, DurableTrainer, trl.SFTTrainer):
         return result
 
     # ---- Saving ----
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write README.md: settings, data, held-out figures. TRL's names no model that is a folder, and no data."""
+        settings = {
+            f"{'packed rows' if self.args.packing else 'conversations'} per step": self.get_total_train_batch_size(self.args),
+            "max_length": self.args.max_length,
+            **({"chat template settings": f"`{self.template_settings}`"} if self.template_settings else {}),
+        }
+        about = {"base_model": self.base_model_name, "datasets": self.dataset_names}
+        write_card(self, self.args.objective, **about, settings=settings)
 
     def sums_since_log(self) -> dict[str, Any]:
         return {"metrics": self._metrics["train"], "num_tokens": self._total_train_tokens}

@@ -111,7 +111,7 @@ def read_pair(row: dict[str, Any]) -> dict[str, list]:
     problem = unreadable("chosen", row.get("chosen")) or unreadable("rejected", row.get("rejected"))
     prompt = turns(row["prompt"]) if unreadable("prompt", row.get("prompt")) is None else []
     if not problem and not prompt and len(row["chosen"]) == 1:
-        problem = "no prompt turn: chosen is a response only, and there is no prompt list of {role, content}"
+        problem = f"no prompt turn: chosen is a response only, and {unreadable('prompt', row.get('prompt'))}"
     if problem:
         return {"prompt": [], "chosen": [], "rejected": [], "findings": [Finding(UNREADABLE, problem)]}
 
@@ -152,10 +152,17 @@ def same(these: list[Turn], those: list[Turn]) -> bool:
     return [said(turn) for turn in these] == [said(turn) for turn in those]
 
 
+# Who speaks in a column that has one turn; several turns are told by a list alone.
+ROLE_OF = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+
+
 def unreadable(column: str, value: Any) -> str | None:
     """Why a value is not a list of {role, content}; None if it is one."""
     if value is None:
         return f"{column} is null"
+    if isinstance(value, str) and column in ROLE_OF:
+        turns_of_it = f'[{{"role": "{ROLE_OF[column]}", "content": {column.upper()}}}]'
+        return f"{column} is the text {reprlib.repr(value)}, not a list of turns: {turns_of_it}"
     if not isinstance(value, list):
         return f"{column} is {reprlib.repr(value)}, not a list of {{role, content}}"
     if not value:

@@ -94,7 +94,8 @@ def open_source(name: str, config: str | None) -> Source:
 
 def open_file(name: str, file: Path) -> Source:
     if data_format(file) is None:
-        raise UserError(f"{name}: {file.name} is none of the files that can be read: {', '.join(FORMATS)}, also compressed")
+        kinds = f"{', '.join(FORMATS)}, also compressed"
+        raise UserError(f"{name}: {file.name} is none of the files that can be read: {kinds}{way_of_tables([file.name])}")
     return Source(name, split_files(name, [file], file_purpose), has_split_names=False)
 
 
@@ -140,9 +141,15 @@ def open_folder(name: str, folder: Path) -> Source:
         seen = f"; it holds {few(others)}" if others else ""
         raise UserError(
             f"{name}: holds no dataset; expected files like train.jsonl, test.json or train-00000-of-00002.parquet, also "
-            f"compressed, a folder of them for each split, or a folder written by save_to_disk{seen}"
+            f"compressed, a folder of them for each split, or a folder written by save_to_disk{seen}{way_of_tables(others)}"
         )
     return Source(name, splits, passed_over=others)
+
+
+def way_of_tables(names: Sequence[str]) -> str:
+    """What to do where tables of texts were meant, which have no turns."""
+    tables = [name for name in names if name.lower().endswith((".csv", ".tsv"))]
+    return f"; {tables[0]} is a table of texts, of which docs/your-own-data.md makes pairs" if tables else ""
 
 
 def split_folder(path: Path) -> list[Path]:
@@ -154,7 +161,7 @@ def split_folder(path: Path) -> list[Path]:
 
 def passed_over(folder: Path, child: Path, used: set[Path]) -> list[str]:
     """Names, seen from a folder, of what is not read in a child of it."""
-    if child in used or is_saved_dataset(child) or child == folder / "data":
+    if child in used or is_saved_dataset(child) or child == folder / "data" or child.name in METADATA_FILES:
         return []
     inside = sorted(child.iterdir()) if split_folder(child) else [child]
     return [str(path.relative_to(folder)) for path in inside if path not in used]

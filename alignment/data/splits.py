@@ -151,6 +151,11 @@ def tokenize_pair_rows(
     if name.startswith(TRAIN):
         log_samples(texts)
     tokens = prepare.to_tokens(texts, tokenizer, args.length_rules, num_proc=run_.workers)
+    if name.startswith(TRAIN) and 0 < len(tokens) == prepare.same_responses(tokens):
+        raise UserError(
+            f"{name}: chosen and rejected are the same tokens in every row ({len(tokens):,}), so that their gradients cancel; "
+            "look at what was made of the two columns, and whether max_length cuts them where they begin to differ"
+        )
     tokens = with_hashes(tokens, rows)  # of training pairs too: some are recorded, as the probe
     notes = [prepare.describe_tokens(tokens, dropped=len(texts) - len(tokens), rules=args.length_rules)]
     if args.preprocessing == "published":

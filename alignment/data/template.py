@@ -8,10 +8,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, TemplateSyntaxError, meta
+from jinja2 import Environment, TemplateSyntaxError, meta, nodes
 from transformers import PreTrainedTokenizerBase
 
-from ..errors import UserError, not_utf8
+from ..errors import UserError, not_utf8, shown
 from .files import local_path
 
 TEMPLATE_FOLDER = Path(__file__).parent / "templates"
@@ -37,16 +37,22 @@ def find_chat_template(
     if recipe_template in named:
         return named[recipe_template].removeprefix("\ufeff"), f"the tokenizer's {recipe_template}"
     if recipe_template is not None:
-        return read_template(recipe_template), "the recipe"
+        text = read_template(recipe_template)
+        try:
+            parsed(text)
+        except TemplateSyntaxError as error:
+            place = f"chat_template = {shown(recipe_template)}"
+            raise UserError(f"{place}: is no Jinja template: line {error.lineno}: {error.message}") from error
+        return text, "the recipe's"
     if named and "default" not in named:
         raise UserError(
             f"{model_path}: its tokenizer has the chat templates {', '.join(named)}, and none is the default; choose one: "
             f"chat_template: {next(iter(named))}, or one of the shipped {', '.join(shipped_names())}"
         )
     if named:
-        return {name: text.removeprefix("\ufeff") for name, text in named.items()}, "the tokenizer"
+        return {name: text.removeprefix("\ufeff") for name, text in named.items()}, "the tokenizer's"
     if own:
-        return own.removeprefix("\ufeff"), "the tokenizer"
+        return own.removeprefix("\ufeff"), "the tokenizer's"
     return shipped_template("zephyr"), "zephyr (neither recipe nor tokenizer has one)"
 
 
@@ -100,11 +106,16 @@ def with_settings(template: str | dict[str, str], settings: dict[str, Any] | Non
 @functools.lru_cache(maxsize=8)
 def variables(template: str) -> set[str]:
     """The names that a template looks up; none of one that is no Jinja, which fails when it is rendered."""
-    plain = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", template)  # a tag of transformers'
     try:
-        return meta.find_undeclared_variables(Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain))
+        return meta.find_undeclared_variables(parsed(template))
     except TemplateSyntaxError:
         return set()
+
+
+def parsed(template: str) -> nodes.Template:
+    """Raises TemplateSyntaxError."""
+    plain = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", template)  # a tag of transformers'
+    return Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain)
 
 
 def check_setting(key: str, words: set[str], tokenizer: PreTrainedTokenizerBase) -> None:

@@ -2,7 +2,9 @@
 
 import logging
 import os
+import re
 import signal
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -33,11 +35,22 @@ SILENCED = (
 )
 
 
+# Beginnings of deprecations (FutureWarning) that one library raises about another, and why they are not for the user.
+DEPRECATIONS = {
+    "`is_gradient_checkpointing` is deprecated": "peft asks a model by this name whenever an adapter is made or read",
+}
+
+
 @contextmanager
 def opening() -> Iterator[None]:
-    """Around the imports of an entry point: Ctrl-C ends them in one line, and SILENCED is not printed, then or later."""
+    """Around the imports of an entry point: Ctrl-C ends them in one line, and SILENCED is not printed, then or later.
+
+    Nor are DEPRECATIONS.
+    """
     for line in SILENCED:
         logging.getLogger(line.logger).addFilter(lambda record, line=line: not str(record.msg).startswith(line.beginning))
+    for beginning in DEPRECATIONS:
+        warnings.filterwarnings("ignore", re.escape(beginning), FutureWarning)
     before = signal.getsignal(signal.SIGINT)
     if before != signal.SIG_IGN:  # of a script's &, or nohup
         signal.signal(signal.SIGINT, leave)

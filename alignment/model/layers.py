@@ -7,6 +7,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.training_args import OptimizerNames
 
+from ..recipe.ranges import LIGER_LOSSES
 from .config_files import whole_model
 
 
@@ -43,8 +44,7 @@ def use_fused_kernels(args: TrainingArguments) -> None:
     if args.use_liger_kernel:
         args.liger_kernel_config = {
             **(args.liger_kernel_config or {}),
-            "cross_entropy": False,
-            "fused_linear_cross_entropy": False,
+            **dict.fromkeys(LIGER_LOSSES, False),
         }
 
 

@@ -2,6 +2,8 @@
 
 import importlib.util
 import os
+import re
+from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,6 +11,7 @@ import torch
 from huggingface_hub.errors import HTTPError
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from peft import PeftConfig
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -36,12 +39,12 @@ from transformers.utils import (
 from ..errors import UserError, reason_of
 from ..launch.launch import launcher_strategy, receives_weights
 from ..recipe.configs import DataArguments, ModelArguments
-from .tokenizer_files import load_as_written
+from .tokenizer_files import load_as_written, unreadable_file
 
 MERGED_BASE = "base"  # in the run folder: the model that an SFT adapter was merged into, and that a new adapter belongs to
 MERGED_FROM = "merged_from.json"
 # What reading a model may end in: its files, the Hub, the way to it (a proxy that needs a package, an address that is none).
-HUB_ERRORS = (OSError, ValueError, ImportError, HTTPError)
+HUB_ERRORS = (OSError, ValueError, ImportError, HTTPError, SafetensorError)
 SHARDED = {"zero3": "ZeRO-3", "fsdp1": "FSDP 1", "fsdp2": "FSDP 2"}  # strategies that divide parameters among processes
 FLASH_PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
 # Files that make a folder a model, also with an adapter beside them.
@@ -231,7 +234,22 @@ def check_model_path(model_args: ModelArguments) -> PreTrainedConfig:
             "model needs `hf auth login`."
         ) from error
     refuse_other_kinds(config, path, trust_remote_code=model_args.trust_remote_code)
+    for folder in dict.fromkeys((path, model_args.model_name_or_path)):
+        refuse_damaged_weights(Path(folder))
     return config
+
+
+def refuse_damaged_weights(folder: Path) -> None:
+    """Raises UserError for a local file of weights whose header does not fit its size: half a download, a pointer of Git LFS.
+
+    Nothing but headers is read.
+    """
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"model_name_or_path = {str(folder)!r}: {unreadable_file(file, error)}") from error
 
 
 def positions(model_args: ModelArguments) -> int | None:
@@ -291,9 +309,10 @@ def unwritten_policy(path: str, *, dtype: str, attn_implementation: str | None =
 def disable_dropout(model: nn.Module) -> list[str]:
     """Set every dropout of the model to 0: modules, and the numbers that attention reads at run time.
 
-    Returns what was on, as `name = rate`, for the log. After LoRA, so that lora_dropout is off too.
+    Returns what was on, for the log: `name = rate`, a * for the number of a layer, and how many such there were. After LoRA,
+    so that lora_dropout is off too.
     """
-    switched_off = {}
+    switched_off: dict[str, float] = {}
     owners = [(name, module) for name, module in model.named_modules()]
     configs = {id(module.config): module.config for _, module in owners if hasattr(module, "config")}
     for name, owner in [*owners, *(("config", config) for config in configs.values())]:
@@ -304,7 +323,8 @@ def disable_dropout(model: nn.Module) -> list[str]:
             if is_dropout_rate(key, value):
                 switched_off[f"{name}.{key}"] = value
                 setattr(owner, key, 0.0)
-    return [f"{name} = {rate}" for name, rate in switched_off.items()]
+    alike = Counter((re.sub(r"\.\d+\.", ".*.", name), rate) for name, rate in switched_off.items())
+    return [f"{name} = {rate}" + f" ({count} of them)" * (count > 1) for (name, rate), count in alike.items()]
 
 
 def is_dropout_rate(key: str, value: Any) -> bool:

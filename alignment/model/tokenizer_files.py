@@ -22,10 +22,11 @@ from transformers.tokenization_utils_base import (
 )
 from transformers.utils import cached_file
 
-from ..errors import UserError
+from ..errors import UserError, reason_of
 
 logger = logging.getLogger(__name__)
 
+LFS_POINTER = b"version https://git-lfs"
 SENTENCEPIECE_FILE = "tokenizer.model"
 FILES = (FULL_TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, SPECIAL_TOKENS_MAP_FILE, ADDED_TOKENS_FILE, SENTENCEPIECE_FILE)
 ANY_READER = "PreTrainedTokenizerFast"  # tokenizer.json as it is, in transformers 4 and 5
@@ -49,11 +50,12 @@ def load_as_written(path: str, revision: str | None, *, trust_remote_code: bool)
     found = {name: cached_file(path, name, revision=revision, _raise_exceptions_for_missing_entries=False) for name in FILES}
     files = {name: Path(file) for name, file in found.items() if file is not None}
     check_sentencepiece(path, files)
+    written = written_tokenizer(files)
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     tokenizer = AutoTokenizer.from_pretrained(path, **options)
-    if differs := difference_from_file(tokenizer, files):
+    if differs := difference_from_file(tokenizer, written):
         exact = TokenizersBackend.from_pretrained(path, revision=revision)
-        if still := difference_from_file(exact, files):
+        if still := difference_from_file(exact, written):
             raise UserError(
                 f"{path}: transformers reads its tokenizer.json otherwise than it is written ({still}). Save the tokenizer "
                 "anew in a folder of its own (AutoTokenizer.from_pretrained, then save_pretrained), train on what that file "
@@ -96,15 +98,31 @@ def has(module: str) -> bool:
         return False
 
 
-def difference_from_file(tokenizer: PreTrainedTokenizerBase, files: dict[str, Path]) -> str | None:
-    """The first text that the tokenizer and its own tokenizer.json read differently, with both readings; None: none."""
-    is_custom = not type(tokenizer).__module__.startswith("transformers.")  # whose own code may add rules
-    if FULL_TOKENIZER_FILE not in files or not tokenizer.is_fast or is_custom:
+def written_tokenizer(files: dict[str, Path]) -> Tokenizer | None:
+    """What tokenizer.json says by itself, whole texts and no padding; None without one. Raises ValueError for half a file."""
+    if FULL_TOKENIZER_FILE not in files:
         return None
-    written = Tokenizer.from_file(str(files[FULL_TOKENIZER_FILE]))
+    try:
+        written = Tokenizer.from_file(str(files[FULL_TOKENIZER_FILE]))
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise ValueError(unreadable_file(files[FULL_TOKENIZER_FILE], error)) from error
     written.no_truncation()
     written.no_padding()
-    return difference(tokenizer, written)
+    return written
+
+
+def unreadable_file(file: Path, error: Exception) -> str:
+    """What is wrong with a file that came in part, or not at all."""
+    with file.open("rb") as beginning:
+        is_pointer = beginning.read(len(LFS_POINTER)) == LFS_POINTER
+    fault = "a pointer of Git LFS: run `git lfs pull` there" if is_pointer else f"damaged ({reason_of(error)}); copy it again"
+    return f"{file.name} is {fault}"
+
+
+def difference_from_file(tokenizer: PreTrainedTokenizerBase, written: Tokenizer | None) -> str | None:
+    """The first text that the tokenizer and its own tokenizer.json read differently, with both readings; None: none."""
+    is_custom = not type(tokenizer).__module__.startswith("transformers.")  # whose own code may add rules
+    return None if written is None or not tokenizer.is_fast or is_custom else difference(tokenizer, written)
 
 
 def difference(tokenizer: PreTrainedTokenizerBase, other: Tokenizer) -> str | None:

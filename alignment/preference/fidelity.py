@@ -67,7 +67,7 @@ def settle_scoring(
                     f"{type(policy).__name__}: packed batches do not give what the model says of a pair ({problem}); set "
                     "pair_layout: padded"
                 )
-    logger.info("Scoring, measured on %d training pairs: %s rows give what the model's plain forward says.", len(rows), layout)
+    logger.info("Scoring, measured on %d pairs: %s rows give what the model's plain forward says.", len(rows), layout)
 
 
 def short(row: Row) -> Row:

@@ -1,7 +1,6 @@
 """PairTrainer: the HF Trainer on preference pairs, whatever the objective."""
 
 import logging
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,7 @@ from ..model.layers import use_fused_kernels
 from ..model.loading import disable_dropout, load_policy, parameter_dtype
 from ..model.shared_prompt import use_shared_prompts, why_not
 from ..model.text_part import freeze_other_parts
-from ..report.card import pair_card
+from ..run.card import write_card
 from .by_tokens import smaller_budget
 from .collate import Batch, PackedCollator, PaddedCollator
 from .configs import PairConfig
@@ -247,23 +246,13 @@ class PairTrainer(EvaluatedPairs):
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write README.md: method, paper, settings, data, held-out figures. `push_to_hub` calls this too."""
-        if not self.is_world_process_zero():
-            return
-        evaluations = [record for record in self.state.log_history if "eval_loss" in record]
-        held_out = {key.removeprefix("eval_"): value for key, value in evaluations[-1].items()} if evaluations else {}
         settings = {
             "SFT weight": self.args.sft_weight,
-            "learning rate": self.args.learning_rate,
             "pairs per step": self.get_total_train_batch_size(self.args),
-            "steps": self.state.global_step,
             "max_length / max_prompt_length": f"{self.args.length_limit} / {self.args.prompt_limit}",
-            "preprocessing": self.args.preprocessing,
-            "seed": self.args.seed,
             **({"chat template settings": f"`{self.template_settings}`"} if self.template_settings else {}),
         }
-        name = (self.args.hub_model_id or self.args.run_name or Path(self.args.output_dir).name).split("/")[-1]
-        about = {"base_model": self.base_model_name, "datasets": self.dataset_names, "settings": settings, "held_out": held_out}
-        Path(self.args.output_dir, "README.md").write_text(pair_card(self.objective, name=name, **about), encoding="utf-8")
+        write_card(self, self.objective, base_model=self.base_model_name, datasets=self.dataset_names, settings=settings)
 
     # ---- Published names, for code that calls them ----
 

@@ -524,6 +524,8 @@ def blame(problem: Problem, settings: Mapping[str, Setting], elsewhere: str) -> 
     given = settings[key].given
     if given.is_option and problem.key == key:
         return f"{given}: {problem.advice}"
+    if RENAMED.get(given.key) == key and given.value == problem.value:
+        problem = problem._replace(key=given.key)  # as it was written
     return f"{given.place}: {problem}"
 
 
@@ -539,9 +541,14 @@ def objection(kind: type, error: Exception, settings: Mapping[str, Setting], els
     concerned = [
         str(setting.given)
         for key, setting in settings.items()
-        if key.replace("_", "") in words or (file is not None and setting.value == file) or repr(setting.value) in str(error)
+        if key.replace("_", "") in words or (file is not None and setting.value == file) or quoted(setting.value, str(error))
     ]
     return f"{', '.join(concerned) or elsewhere}: {one_line(error)}"
+
+
+def quoted(value: Any, message: str) -> bool:
+    """Whether a message shows a value: 4 is not what `base64` speaks of."""
+    return re.search(rf"(?<!\w){re.escape(repr(value))}(?!\w)", message) is not None
 
 
 # ---- What a run records ----

@@ -29,6 +29,8 @@ STEPS: Rule = (
     "must be a whole number of steps, or a share of the run between 0 and 1",
 )
 SEED: Rule = (lambda value: 0 <= value < 2**32, "must be a whole number from 0 to 4294967295, which numpy takes")
+# Liger's losses over whole vocabularies. TRL refuses the second with a traceback; steps of pairs would never reach either.
+LIGER_LOSSES = ("cross_entropy", "fused_linear_cross_entropy")
 RULES: dict[str, Rule] = {
     "output_dir": (lambda value: bool(value.strip()), "must name a folder"),
     "num_train_epochs": AT_LEAST_0,
@@ -63,6 +65,11 @@ RULES: dict[str, Rule] = {
     "torch_compile_mode": (
         lambda value: value in ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
         "must be one of default, reduce-overhead, max-autotune, max-autotune-no-cudagraphs",
+    ),
+    "liger_kernel_config": (
+        lambda value: not any(value.get(key) for key in LIGER_LOSSES),
+        f"{' and '.join(LIGER_LOSSES)} are losses of Liger's own, which would stand in for the method's; remove them, the "
+        "layers' kernels are taken without",
     ),
     # What the suite does in its own way, or not at all: the setting would have no effect, or a wrong one.
     "do_train": (lambda value: value, "is what a run does; remove it (--prepare_only reads, checks and tokenizes only)"),

@@ -419,7 +419,11 @@ class EarlyStopping(TrainerCallback):
         sign = 1 if args.greater_is_better else -1
         by_step = {record["step"]: sign * record[name] for record in state.log_history if name in record}
         if by_step and max(by_step) == state.global_step:
-            control.should_training_stop |= without_progress(list(by_step.values()), self.threshold) >= self.patience
+            count = without_progress(list(by_step.values()), self.threshold)
+            if count >= self.patience:
+                control.should_training_stop = True
+                logger.info("Stopping early, at step %d of %d: %s was no better in the last %s.", state.global_step,
+                            state.max_steps, name, "evaluation" if count == 1 else f"{count} evaluations")  # fmt: skip
 
 
 def without_progress(figures: list[float], threshold: float) -> int:

@@ -23,7 +23,7 @@ from scripts.sft_trainer import SFTTrainer
 from scripts.simpo_config import SimPOConfig
 from scripts.simpo_trainer import SimPOTrainer
 from tests import builders
-from tests.workspaces import recipe_of_run, save_chats, save_workspace
+from tests.workspaces import recipe_of_run, save_chats, save_splits, save_workspace
 
 ROOT = Path(__file__).parents[2]
 SIMPO = Method(config=SimPOConfig, trainer=SimPOTrainer, data=PAIRS)
@@ -92,6 +92,25 @@ def tokenized(recipe: str) -> dict[str, list]:
         patch.setattr(pipeline, "tokenized_splits", lambda *args: seen.update(splits := original(*args)) or splits)
         run(SIMPO, [recipe, "--prepare_only"])
     return {name: rows[:] for name, rows in seen.items()}
+
+
+# ---- What prefers nothing ----
+
+
+@pytest.mark.parametrize("differ", ["nowhere", "behind max_length"])
+def test_pairs_that_are_all_the_same_twice_are_refused_before_anything_is_loaded(differ, workspace, tmp_path, capsys, cache):
+    rows = builders.pairs(6)
+    for row in rows:
+        same = "river " * 200 if differ == "behind max_length" else "the same"
+        row["chosen"] = [*row["chosen"][:-1], {"role": "assistant", "content": same}]
+        row["rejected"] = [*row["chosen"][:-1], {"role": "assistant", "content": f"{same}!" if "max" in differ else same}]
+    save_splits(tmp_path / "pairs", rows, builders.pairs(2))
+    recipe = recipe_file(workspace, tmp_path, dataset_mixer={str(tmp_path / "pairs"): 1.0})
+    error = refusal(recipe, capsys)
+    assert "error: train: chosen and rejected are the same tokens in every row (6), so that their gradients cancel" in error
+    assert not (tmp_path / "run/model.safetensors").exists()
+    write_jsonl(tmp_path / "pairs/train.jsonl", [*rows, *builders.pairs(1)])
+    run(SIMPO, [recipe, "--prepare_only"])  # one that prefers something is enough
 
 
 # ---- Ahead of the run ----

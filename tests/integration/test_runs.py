@@ -186,6 +186,9 @@ def test_supervised_tuning_and_then_simpo_run_from_one_folder_to_the_next(prepro
     tuned = run(SFT, [sft])
     losses = [record["loss"] for record in tuned.state.log_history if "loss" in record]
     assert losses[-1] < losses[0]
+    card = (tmp_path / "sft/README.md").read_text(encoding="utf-8")
+    assert f"`{workspace / 'model'}` trained on `{workspace / 'chats'}` with SFT, Supervised fine-tuning" in card
+    assert "None" not in card
     simpo = recipe_file(workspace, tmp_path, model_name_or_path=str(tmp_path / "sft"), preprocessing=preprocessing)
     run(SIMPO, [simpo])
     assert not torch.equal(

@@ -103,8 +103,23 @@ def test_a_recipe_stops_a_run_that_no_longer_gets_better(server, recipe, tmp_pat
         "--early_stopping_patience=2",
         "--metric_for_best_model=rewards/margins",
     ]
-    go_on(server, recipe, tmp_path, *options, "--use_peft=false", "--early_stopping_threshold=1000000")
+    ended = go_on(server, recipe, tmp_path, *options, "--use_peft=false", "--early_stopping_threshold=1000000")
     assert json.loads((tmp_path / "trainer_state.json").read_text())["global_step"] == 3
+    assert "Stopping early, at step 3 of 8: eval_rewards/margins was no better in the last 2 evaluations." in ended.printed
+
+
+@pytest.mark.parametrize("whole", ["true", "false"])
+def test_a_run_that_ends_with_an_earlier_steps_weights_says_so_in_its_log_and_card(server, recipe, tmp_path, whole):
+    options = ["--eval_steps=2", "--load_best_model_at_end", "--metric_for_best_model=loss", "--max_steps=4"]
+    options += ["--greater_is_better=true"]  # the loss falls
+    ended = go_on(server, recipe, tmp_path, f"--use_peft={whole}", *options)
+    state = json.loads((tmp_path / "trainer_state.json").read_text())
+    assert (state["best_global_step"], state["global_step"]) == (2, 4)
+    told = f"of step 2, the best of 4 (loss {state['best_metric']:.4g})"
+    assert f"Model saved to {tmp_path}: {told}." in ended.printed
+    assert f", {told} |" in (tmp_path / "README.md").read_text()
+    at_2, *_, at_end = [record["eval_loss"] for record in metrics(tmp_path) if "eval_loss" in record]
+    assert at_end == at_2
 
 
 def test_a_folder_with_files_of_somebody_s_is_refused_and_other_files_are_left_alone(server, recipe, tmp_path):

@@ -230,6 +230,19 @@ def test_the_example_of_your_own_data_is_prepared_and_its_bad_row_refused(tmp_pa
     assert "3 pairs, 128 a step" in capsys.readouterr().out
 
 
+def test_a_table_of_texts_becomes_pairs_as_your_own_data_says(tmp_path, monkeypatch):
+    (script,) = blocks(PAGES["docs/your-own-data.md"], "python")
+    monkeypatch.chdir(tmp_path)
+    Path("pairs.csv").write_text('prompt,chosen,rejected\nq,x,y\n"p, p",x,"line\nline"\n', encoding="utf-8")
+    exec(script, {})
+    source = DataArguments(dataset_mixer={"pairs": 1.0})
+    rules = {"columns": PAIRS.columns, "preprocessing": "exact", "bad_rows": "refuse", "seed": 42, "do_eval": False}
+    splits, reports = get_datasets(source, **rules)
+    assert reports["train"].tolerated == {}
+    read = [[row[column][0]["content"] for column in ("prompt", "chosen", "rejected")] for row in splits["train"]]
+    assert sorted(read) == [["p, p", "x", "line\nline"], ["q", "x", "y"]]
+
+
 def turns(*texts: str) -> list[dict[str, str]]:
     """Each text, like user: q, as a turn."""
     return [dict(zip(("role", "content"), text.split(": "), strict=True)) for text in texts]

@@ -68,6 +68,7 @@ ORDER = {
     "run": [
         "output",
         "run_folder",
+        "card",
         "signals",
         "checkpoints",
         "resuming",

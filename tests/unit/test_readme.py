@@ -67,6 +67,29 @@ def test_the_table_repeats_the_recipes(cell, model, numbers):
             assert found == pytest.approx((beta, gamma, rate))
 
 
+CARDS = (24, 48, 80, 141)  # GB
+
+
+def memory_of(name: str) -> list[str]:
+    """GPUs and GiB of each, as `4x36`, for a recipe on each of CARDS, by the page's table; - where it does not fit."""
+    row = re.search(rf"^\| `{re.escape(name)}` \| packed \| (.+) \|$", OTHER_RECIPES, re.MULTILINE)[1]
+    return ["-" if cell.startswith("not") else cell.replace(": ", "x").removesuffix(" GiB") for cell in row.split(" | ")]
+
+
+def test_the_table_of_gpus_says_what_the_longer_one_says():
+    table = re.search(r"\| `training_configs/\*-simpo.yaml` .*?\n\n", README, re.DOTALL)[0]
+    names = [match[1] for match in re.finditer(r"^\| `(\S+)-simpo` \| packed", OTHER_RECIPES, re.MULTILINE)]
+    assert len(names) == 10
+    rows = [line.strip("| ").split(" | ") for line in table.strip().splitlines()[2:]]
+    assert [row[0] for row in rows] == [f"`{name}`" for name in names]
+    for name, row in zip(names, rows, strict=True):
+        kind, gib, card = re.fullmatch(r"(Q?LoRA), (\d+) on (\d+) GB", row[-1]).groups()
+        adapter = memory_of(f"{name}-simpo-{kind.lower()}")
+        assert row[2:-1] == memory_of(f"{name}-simpo"), name
+        least = next(index for index, cell in enumerate(adapter) if cell != "-")
+        assert (f"1x{gib}", int(card)) == (adapter[least], CARDS[least]), name
+
+
 def test_the_commands_name_files_that_exist():
     commands = README + "".join(PAGES[ROOT / f"docs/{name}.md"] for name in ("data", "performance", "recipes", "running"))
     paths = re.findall(r"(?:accelerate_configs|training_configs|scripts|benchmarks|eval)/[\w/.-]+\.(?:yaml|py)", commands)

@@ -77,6 +77,15 @@ def test_a_template_that_does_not_exist_is_refused_with_the_shipped_names():
         found(with_template(None), recipe="lama-3")
 
 
+def test_a_recipes_template_that_is_no_jinja_is_refused_before_any_row_is_rendered(tmp_path):
+    path = tmp_path / "mine.jinja"
+    path.write_text("{% for message in messages %}\n{{ message['content'] }\n{% endfor %}", encoding="utf-8")
+    with pytest.raises(UserError, match=r"chat_template = .*mine\.jinja': is no Jinja template: line 2: unexpected '}'"):
+        found(with_template(None), recipe=str(path))
+    tagged = "{% for m in messages %}{% generation %}{{ m['content'] }}{% endgeneration %}{% break %}{% endfor %}"
+    assert found(with_template(None), recipe=tagged) == tagged  # what transformers adds to Jinja
+
+
 def test_a_saved_tokenizer_carries_the_template_that_was_trained_on(tmp_path):
     tokenizer = with_template(QWEN_LIKE)
     tokenizer.chat_template = found(tokenizer, recipe="gemma")

@@ -633,12 +633,27 @@ UNREADABLE = [
     ({"chosen": None}, "chosen is null"),
     ({"rejected": None}, "rejected is null"),
     ({"rejected": []}, "rejected is an empty list"),
-    ({"chosen": "some text"}, "chosen is 'some text', not a list of {role, content}"),
+    (
+        {"chosen": "some text"},
+        'chosen is the text \'some text\', not a list of turns: [{"role": "assistant", "content": CHOSEN}]',
+    ),
+    ({"chosen": {"a": 1}}, "chosen is {'a': 1}, not a list of {role, content}"),
     ({"chosen": [user("q"), {"role": "assistant", "content": None}]}, "chosen has the turn {"),
     ({"chosen": [user("q"), assistant(3)]}, "chosen has the turn {"),
     ({"rejected": [{"from": "human", "value": "q"}]}, "rejected has the turn {"),
     ({"rejected": ["q", "r"]}, "rejected has the turn 'q'"),
-    ({"chosen": [assistant("c")], "rejected": [assistant("r")]}, "no prompt turn"),
+    (
+        {"chosen": [assistant("c")], "rejected": [assistant("r")]},
+        "no prompt turn: chosen is a response only, and prompt is null",
+    ),
+    (
+        {"prompt": "q", "chosen": [assistant("c")], "rejected": [assistant("r")]},
+        'no prompt turn: chosen is a response only, and prompt is the text \'q\', not a list of turns: [{"role": "user",',
+    ),
+    (
+        {"prompt": [{"role": "user", "content": [{"type": "text"}]}], "chosen": [assistant("c")], "rejected": [assistant("r")]},
+        "no prompt turn: chosen is a response only, and prompt has the turn {",
+    ),
 ]
 
 

@@ -225,6 +225,20 @@ def test_what_is_passed_over_is_said_in_one_line():
     assert str(reports["train"]) == "1 row read; source: passed over ._train.jsonl, notes.txt, pairs.csv, train.jsonl~"
 
 
+def test_what_a_data_set_says_of_itself_is_not_passed_over():
+    Dataset.from_list(pairs(1)).save_to_disk("source/train")
+    Path("source/dataset_dict.json").write_text('{"splits": ["train"]}')
+    _, reports = read({"source": 1.0}, do_eval=False)
+    assert reports["train"].notes == []
+
+
+@pytest.mark.parametrize("source", ["source", "source/train.csv"])
+def test_a_table_of_texts_is_refused_with_what_makes_pairs_of_it(source):
+    Path("source").mkdir()
+    Path("source/train.csv").write_text("prompt,chosen,rejected\nq,a,b\n", encoding="utf-8")
+    assert error_of({source: 1.0}).endswith("; train.csv is a table of texts, of which docs/your-own-data.md makes pairs")
+
+
 def test_splits_that_a_recipe_does_not_name_are_said():
     for name in ("train", "gen", "test"):
         write(f"source/{name}.jsonl", pairs(1))
@@ -257,8 +271,8 @@ def test_the_same_split_twice_is_refused(other):
 
 def test_a_folder_without_data_says_what_it_holds():
     Path("source").mkdir()
-    Path("source/train.csv").write_text("a,b")
-    assert error_of({"source": 1.0}).endswith("; it holds train.csv")
+    Path("source/train.xlsx").write_text("a,b")
+    assert error_of({"source": 1.0}).endswith("; it holds train.xlsx")
 
 
 # ---- What is in the files ----

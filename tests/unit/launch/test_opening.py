@@ -8,7 +8,7 @@ from textwrap import dedent
 
 import pytest
 
-from alignment.launch.opening import SILENCED, STOPPED, opening
+from alignment.launch.opening import DEPRECATIONS, SILENCED, STOPPED, opening
 
 ROOT = Path(__file__).parents[3]
 SCRIPTS = sorted(path.name for path in (ROOT / "scripts").glob("run_s*.py"))
@@ -42,6 +42,19 @@ def test_the_first_line_of_a_benchmark_is_its_own(script):
 def test_the_quickstart_begins_with_its_own_line():
     done = python("import scripts.quickstart.run")
     assert done.stdout + done.stderr == ""
+
+
+def test_deprecations_among_libraries_are_raised_and_not_shown():
+    adapter = """
+        from alignment.launch.opening import opening
+        {}
+            from peft import LoraConfig, get_peft_model
+            from tests.builders import tiny_model
+        get_peft_model(tiny_model(), LoraConfig(task_type="CAUSAL_LM"))
+    """
+    bare, silent = (python(adapter.format(line)) for line in ("if True:", "with opening():"))
+    assert [beginning for beginning in DEPRECATIONS if beginning not in bare.stderr] == []
+    assert (silent.returncode, "deprecated" in silent.stderr) == (0, False)
 
 
 def test_what_is_silenced_is_what_the_libraries_do_log_and_nothing_is_left_of_it():

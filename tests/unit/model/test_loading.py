@@ -133,14 +133,14 @@ DROPOUTS = {
     "a number that attention reads": (
         lambda: tiny_model(attention_dropout=0.5),
         2,
-        "self_attn.attention_dropout = 0.5",
+        "model.layers.*.self_attn.attention_dropout = 0.5 (2 of them)",
     ),
     "modules and *_pdrop": (
         lambda: tiny_model("gpt2", resid_pdrop=0.5, embd_pdrop=0.4, attn_pdrop=0.3),
         7,
         "transformer.drop = 0.4",
     ),
-    "LoRA": (lambda: with_lora(tiny_model()), 4, "q_proj.lora_dropout.default = 0.5"),
+    "LoRA, layer by layer alike": (lambda: with_lora(tiny_model()), 2, "q_proj.lora_dropout.default = 0.5 (2 of them)"),
 }
 every_dropout = pytest.mark.parametrize(("build", "count", "line"), DROPOUTS.values(), ids=DROPOUTS)
 
@@ -291,6 +291,42 @@ def test_the_reason_behind_a_failed_connection_is_told():
         fail()
     assert reason_of(raised.value) == "We couldn't connect to the Hub: certificate verify failed: self-signed certificate"
     assert reason_of(ValueError("no config\nmore")) == "no config"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (lambda whole: whole[:1000], "model.safetensors is damaged ("),
+        (lambda whole: whole[:-1], "model.safetensors is damaged ("),
+        (lambda whole: b"", "model.safetensors is damaged ("),
+        (lambda whole: b"version https://git-lfs.github.com/spec/v1\nsize 9\n", "is a pointer of Git LFS: run `git lfs pull`"),
+    ],
+    ids=["its beginning", "a byte less", "empty", "a pointer"],
+)
+def test_weights_that_came_in_part_are_refused_before_any_data_is_read(content, said, tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    check_model_path(ModelArguments(str(tmp_path)))
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(content(weights.read_bytes()))
+    with pytest.raises(UserError) as refusal:
+        check_model_path(ModelArguments(str(tmp_path)))
+    assert str(refusal.value).startswith(f"model_name_or_path = {str(tmp_path)!r}: ")
+    assert said in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('{"version": "1.0", "trunc', "tokenizer.json is damaged ("),
+        ("version https://git-lfs.github.com/spec/v1\nsize 9\n", "tokenizer.json is a pointer of Git LFS: run `git lfs pull`"),
+    ],
+)
+def test_a_tokenizer_that_came_in_part_is_refused(content, said, tmp_path):
+    bpe_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(content, encoding="utf-8")
+    with pytest.raises(UserError) as refusal:
+        load_tokenizer(ModelArguments(str(tmp_path)), DataArguments())
+    assert str(refusal.value).startswith(f"model_name_or_path = {str(tmp_path)!r}: its tokenizer cannot be loaded ({said}")
 
 
 @pytest.mark.parametrize(("key", "words"), [("model_name_or_path", "configuration"), ("tokenizer_name_or_path", "tokenizer")])

@@ -34,6 +34,7 @@ from alignment.recipe.parser import (
     dump_recipe,
     full_recipe,
     is_secret,
+    quoted,
 )
 from scripts.dpo_config import DPOConfig
 from scripts.orpo_config import ORPOConfig
@@ -1013,3 +1014,24 @@ def test_the_properties_meet_every_kind_of_annotation():
     kinds = {leaf for parser in PLAIN.values() for target in parser.targets.values() for leaf in members(target.kind)}
     origins = {get_origin(kind) or kind for kind in kinds if not is_enum(kind)}
     assert {bool, int, float, str, list, dict, Literal, NoneType} <= origins
+
+
+def test_a_problem_of_a_recipe_names_an_old_spelling_as_it_was_written(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("output_dir: run\ngradient_checkpointing_kwargs: {use_reentrent: false}\n", encoding="utf-8")
+    (line,) = complaints(str(path))
+    assert line.startswith(f"{path}, line 2: gradient_checkpointing_kwargs = {{'use_reentrent': False}}: use_reentrent is not")
+
+
+def test_an_error_of_a_library_is_put_down_to_settings_that_it_shows_and_not_to_a_digit_in_a_word():
+    assert quoted(4, "micro batch 4 is too large")
+    assert quoted("ds.json", "received 'ds.json'")
+    assert not quoted(4, "expected a base64 encoded string")
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "fused_linear_cross_entropy"])
+@pytest.mark.parametrize("parser", [SIMPO, SFT], ids=["simpo", "sft"])
+def test_a_loss_of_ligers_own_is_refused_where_it_is_asked_for(parser, loss):
+    (line,) = complaints("--output_dir=run", f'--liger_kernel_config={{"rope": true, "{loss}": true}}', parser=parser)
+    assert "losses of Liger's own" in line
+    parser.parse(["--output_dir=run", "--use_cpu", f'--liger_kernel_config={{"rope": true, "{loss}": false}}'])

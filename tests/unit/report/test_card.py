@@ -3,7 +3,8 @@
 import pytest
 from huggingface_hub import ModelCard
 
-from alignment.report.card import pair_card, warned
+from alignment.report.card import run_card, warned
+from scripts.sft_config import SFTConfig
 from scripts.simpo_config import SimPOConfig
 
 OBJECTIVE = SimPOConfig(use_cpu=True, beta=2.5, gamma_beta_ratio=0.55).objective
@@ -19,7 +20,7 @@ def card(**changes) -> str:
         "settings": SETTINGS,
         "held_out": HELD_OUT,
     }
-    return pair_card(OBJECTIVE, **{**given, **changes})
+    return run_card(OBJECTIVE, **{**given, **changes})
 
 
 def test_the_card_names_method_paper_base_model_data_and_settings():
@@ -77,3 +78,14 @@ def test_local_paths_stay_out_of_the_header_where_the_hub_would_refuse_them(tmp_
 def test_a_card_tells_what_the_run_warned_of_and_nothing_where_it_did_not():
     assert warned([]) == ""
     assert warned([{"step": 10, "text": "half as likely"}]) == "\n## Warnings\n\n- Step 10: half as likely.\n"
+
+
+def test_a_card_of_supervised_tuning_speaks_of_conversations_and_of_no_rewards():
+    objective = SFTConfig(use_cpu=True).objective
+    figures = {"loss": 1.5, "mean_token_accuracy": 0.25}
+    text = run_card(objective, name="tiny-sft", base_model=None, datasets=[], settings=SETTINGS, held_out=figures)
+    assert "A language model` trained on conversations with SFT, Supervised fine-tuning: every token" in text
+    assert "## Held-out conversations" in text
+    assert "| Accuracy of the next token | 0.2500 |" in text
+    assert not [word for word in ("None", "eward", "pair", "Citation", "reference") if word in text]
+    assert ModelCard(text).data.tags == ["sft", "alignment"]
