@@ -13,15 +13,7 @@ from alignment.model.loading import positions
 from on_policy_data_gen.configs import PolicyArguments
 from on_policy_data_gen.engines import open_engine
 from on_policy_data_gen.responses import sample
-from on_policy_data_gen.sampling import (
-    Engine,
-    Request,
-    Sampling,
-    adds_system_turn,
-    make_requests,
-    policy_tokenizer,
-    sampling_of,
-)
+from on_policy_data_gen.sampling import Engine, Request, Sampling, adds_system_turn, asking, policy_tokenizer, sampling_of
 from on_policy_data_gen.stages import Stage
 
 from .benchmarks import Question
@@ -72,10 +64,7 @@ def requests_of(turn: int, exam: Examination, said: dict[str, str], date: str) -
     """
     conversations = [(one, turns) for one in exam.questions if (turns := conversation(one, turn, said))]
     prompts = [Prompt(turn_id(one, turn), turns) for one, turns in conversations]
-    requests = make_requests(
-        prompts, exam.tokenizer, max_tokens=exam.sampling.max_tokens, window=exam.window, date=date,
-        add_system=exam.adds_system_turn, quiet=True,
-    )  # fmt: skip
+    requests = asking(exam.policy, exam.tokenizer, exam.sampling)(prompts, date=date, quiet=True)
     if turn == 0:
         refuse_without_room(exam, requests)
     temperatures = {turn_id(one, turn): exam.temperature(one) for one in exam.questions}

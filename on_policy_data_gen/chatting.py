@@ -19,7 +19,7 @@ from .engines import check_engine, open_engine
 from .in_process import TransformersEngine
 from .prompts import read_prompts
 from .responses import sample, stage_settings
-from .sampling import policy_tokenizer, requests_to, sampling_of
+from .sampling import asking, policy_tokenizer, sampling_of
 from .stages import finish, stage, write_lines
 
 
@@ -61,7 +61,7 @@ def answer_file(policy: PolicyArguments, args: GenerateArguments) -> None:
     with stage(output.parent, output.stem, settings, date=today(), makes=[output]) as begun:
         if begun is None:
             return
-        requests = requests_to(policy, prompts, tokenizer, sampling, date=begun.date)
+        requests = asking(policy, tokenizer, sampling)(prompts, date=begun.date)
         done = begun.everyones()
         missing = [request for request in requests if request.id not in done]
         if missing:
@@ -96,7 +96,7 @@ def chat(policy: PolicyArguments, args: GenerateArguments) -> None:
         raise UserError("a conversation is held by one process; start one")
     tokenizer = policy_tokenizer(policy)
     sampling = sampling_of(policy, tokenizer)
-    engine = open_engine(policy, tokenizer, sampling)
+    requests_of, engine = asking(policy, tokenizer, sampling), open_engine(policy, tokenizer, sampling)
     streams = isinstance(engine, TransformersEngine) and sys.stdout.isatty()
     options = {"streamer": TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)} if streams else {}
     opening: Turns = [] if args.system is None else [{"role": "system", "content": args.system}]
@@ -107,7 +107,7 @@ def chat(policy: PolicyArguments, args: GenerateArguments) -> None:
                 turns = [*opening]
                 continue
             turns.append({"role": "user", "content": said})
-            (request,) = requests_to(policy, [prompt_of(turns)], tokenizer, sampling, date=today(), quiet=True)
+            (request,) = requests_of([prompt_of(turns)], date=today(), quiet=True)
             (answer,) = engine.answers([request], args.seed, **options)
             if not streams:
                 print(answer.text, flush=True)

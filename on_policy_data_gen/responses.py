@@ -18,7 +18,7 @@ from alignment.run.run_folder import today
 from .configs import PolicyArguments, PromptArguments
 from .engines import check_engine, open_engine
 from .prompts import read_prompts
-from .sampling import Engine, Request, Sampling, adds_system_turn, policy_tokenizer, requests_to, sampling_of
+from .sampling import Engine, Request, Sampling, adds_system_turn, asking, policy_tokenizer, sampling_of
 from .stages import FOLDER, Stage, finish, read_record, share, stage, write_rows
 
 logger = logging.getLogger(__name__)
@@ -39,6 +39,7 @@ def decode(prompt_args: PromptArguments, policy_args: PolicyArguments, seeds: Se
     check_engine(policy_args)
     tokenizer = policy_tokenizer(policy_args)
     sampling, prompts = sampling_of(policy_args, tokenizer), read_prompts(prompt_args)
+    requests_of = asking(policy_args, tokenizer, sampling)
     known = stage_settings(prompt_args, policy_args, prompts, tokenizer, sampling)
     engine = None
     try:
@@ -48,7 +49,7 @@ def decode(prompt_args: PromptArguments, policy_args: PolicyArguments, seeds: Se
                 if begun is None:
                     logger.info("%s: is finished.", final)
                     continue
-                requests = requests_to(policy_args, prompts, tokenizer, sampling, date=begun.date)
+                requests = requests_of(prompts, date=begun.date)
                 done = begun.everyones()
                 missing = sorted((one for one in requests if one.id not in done), key=lambda one: -len(one.ids))
                 if missing and engine is None:

@@ -1,7 +1,8 @@
 """What is asked of a model: prompts as token ids with one bos, how to sample, where to stop. Engines answer in any order."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple, Protocol
 
 from tqdm import tqdm
@@ -85,19 +86,14 @@ def adds_system_turn(args: PolicyArguments) -> bool:
     return args.chat_template is None and training_of(args.model).behind_system_turn
 
 
-def requests_to(
-    policy: PolicyArguments,
-    prompts: Sequence[Prompt],
-    tokenizer: PreTrainedTokenizerBase,
-    sampling: Sampling,
-    *,
-    date: str,
-    quiet: bool = False,
-) -> list[Request]:
-    """`make_requests` of a policy, as long as it has positions, and behind what it was trained behind."""
-    window, add_system = positions(policy.model_arguments()), adds_system_turn(policy)
-    return make_requests(
-        prompts, tokenizer, max_tokens=sampling.max_tokens, window=window, date=date, add_system=add_system, quiet=quiet
+def asking(policy: PolicyArguments, tokenizer: PreTrainedTokenizerBase, sampling: Sampling) -> Callable[..., list[Request]]:
+    """`make_requests` of prompts for this policy: as long as it has positions, behind what it was trained behind."""
+    return partial(
+        make_requests,
+        tokenizer=tokenizer,
+        max_tokens=sampling.max_tokens,
+        window=positions(policy.model_arguments()),
+        add_system=adds_system_turn(policy),
     )
 
 

@@ -83,10 +83,10 @@ def decide(state: State, axis: Axis, group: Sequence[Cell]) -> Decision | None:
     return (decide_objective if axis.asks_for(METHOD) else decide_most)(question, figures, from_first)
 
 
-def stable_value(state: State, axis: Axis, group: Sequence[Cell]) -> str | None:
-    """The first value of the axis with a run that has finished and is stable."""
+def stable_values(state: State, axis: Axis, group: Sequence[Cell]) -> list[str]:
+    """The values of the axis with a run that has finished and is stable, in their order."""
     stable = (cell for cell in group if cell.name in state.results and state.instability(cell) is None)
-    return next((cell.values[axis.name] for cell in stable), None)
+    return list(dict.fromkeys(cell.values[axis.name] for cell in stable))
 
 
 def ranked(axis: Axis) -> Sequence:

@@ -18,7 +18,7 @@ from ..run.output import outlast_readers
 from ..run.signals import RunInterrupted, StopSignals
 from .cells import Cell, make_cells, recipe_text
 from .checks import check_cells
-from .deciding import State, compared_axes, decide, decisions_of, fallbacks_due, next_cells, stable_value
+from .deciding import State, compared_axes, decide, decisions_of, fallbacks_due, next_cells, stable_values
 from .matrix import Matrix, read_matrix, refuse_unknown_methods
 from .outcomes import FINISHED, Outcome, counts, outcome_of
 from .page import write_pages
@@ -74,9 +74,10 @@ class Experiment:
             if decision := decide(state, axis, cells):
                 taken[axis.name] = decision.taken
                 print(f"{decision.question}: {decision.taken} is taken.", flush=True)
-            elif stable := stable_value(state, axis, cells):
-                taken[axis.name] = stable
-                print(f"{axis.name}: {stable} is taken, the only value with a stable run.", flush=True)
+            elif stable := stable_values(state, axis, cells):
+                taken[axis.name] = stable[0]
+                why = "the only value with a stable run" if len(stable) == 1 else "the first of those that cannot be compared"
+                print(f"{axis.name}: {stable[0]} is taken, {why}.", flush=True)
 
     def known(self, cell: Cell) -> bool:
         """Whether the cell has been settled, by an earlier command or by this one; what it showed is read then."""

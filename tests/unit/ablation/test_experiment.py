@@ -221,29 +221,26 @@ def test_a_loss_has_diverged_where_it_ends_far_above_its_beginning_whatever_its_
     assert has_diverged(loss) == diverged
 
 
-def test_runs_without_pairs_are_shown_and_not_compared(course, tmp_path):
-    def supervised(cell: Cell) -> None:
-        finish(cell)
-        for name in ("eval_pairs.jsonl", "probe_pairs.jsonl"):
-            (cell.run / name).unlink()
-        write_jsonl(cell.run / "metrics.jsonl", [{"step": 1, "loss": 0.9}, {"step": 2, "loss": 0.8, "eval_loss": 0.7}])
+def supervised(cell: Cell) -> None:
+    """A run without pairs, and with a loss alone in its log."""
+    finish(cell)
+    for name in ("eval_pairs.jsonl", "probe_pairs.jsonl"):
+        (cell.run / name).unlink()
+    write_jsonl(cell.run / "metrics.jsonl", [{"step": 1, "loss": 0.9}, {"step": 2, "loss": 0.8, "eval_loss": 0.7}])
 
+
+def test_runs_without_pairs_are_shown_and_not_compared(course, tmp_path):
     course.becomes = dict.fromkeys(("simpo-s42", "dpo-s42"), supervised)
     run(write_matrix(tmp_path, axes=FEW))
     assert "Nothing is decided" in page(tmp_path)
     assert "| simpo-s42 | finished; no pairs |" in page(tmp_path)
 
 
-@pytest.mark.parametrize("text", [None, '{"eval_loss": "nan"}', '{"eval_loss": NaN}', "{}"])
-def test_a_held_out_loss_that_is_none_is_shown_as_none(text, course, tmp_path):
-    def without(cell: Cell) -> None:
-        finish(cell)
-        path = cell.run / "eval_results.json"
-        path.unlink() if text is None else path.write_text(text)
-
-    course.becomes = {"simpo-s42": without}
-    run(write_matrix(tmp_path, axes=FEW))
-    assert any(line.startswith("| simpo-s42 |") and line.endswith("| - |") for line in page(tmp_path).splitlines())
+def test_one_axis_at_a_time_says_that_runs_without_pairs_cannot_be_compared(course, tmp_path, capsys):
+    course.becomes = dict.fromkeys(("lr0.01-b2.0", "lr0.001-b2.0"), supervised)
+    axes = {"learning_rate": [1e-2, 1e-3], "beta": [2.0, 4.0]}
+    run(write_matrix(tmp_path, axes=axes, method="simpo", one_at_a_time=True))
+    assert "learning_rate: lr0.01 is taken, the first of those that cannot be compared." in capsys.readouterr().out
 
 
 def test_a_check_starts_and_writes_nothing(course, tmp_path, capsys):
